@@ -1,0 +1,1 @@
+"""Operations on codebook-quantized weights, and the kernels that serve them."""

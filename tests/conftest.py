@@ -1,0 +1,27 @@
+"""One strict session for every test: no network, four CPU devices (or a GPU), no rank promotion."""
+
+import os
+
+import jax
+import pytest
+
+# Tokenizers and configs come from the test's own files; a hub look-up is a mistake.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+DEVICE = os.environ.get("JAXCODEC_TEST_DEVICE", "cpu")
+
+if DEVICE not in ("cpu", "gpu"):
+    raise pytest.UsageError(f"JAXCODEC_TEST_DEVICE must be cpu or gpu, got {DEVICE!r}.")
+if DEVICE == "cpu":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
+elif jax.default_backend() != "gpu":
+    raise pytest.UsageError(f"JAXCODEC_TEST_DEVICE=gpu, but JAX runs on {jax.default_backend()}.")
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    """A fixed PRNG key; split it for more than one draw."""
+    return jax.random.key(0)

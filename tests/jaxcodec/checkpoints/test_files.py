@@ -1,0 +1,54 @@
+"""Files are replaced together or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from jaxcodec.checkpoints.files import read_json, replacement, write_json
+
+
+def test_files_take_their_places_when_the_block_ends(tmp_path: Path) -> None:
+    paths = tmp_path / "deep" / "a", tmp_path / "b"
+    with replacement(*paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+        assert not any(path.exists() for path in paths)
+    assert [path.read_text() for path in paths] == ["new", "new"]
+
+
+def interrupted(*paths: Path) -> None:
+    with replacement(*paths) as temporaries:
+        for temporary in temporaries:
+            temporary.write_text("new")
+        raise KeyboardInterrupt
+
+
+def test_after_an_error_all_is_as_before(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tmp_path / "a", tmp_path / "b")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+
+
+def test_a_disk_that_fails_late_leaves_all_as_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some file systems report a full disk only when the bytes are forced onto it."""
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    write_json(tmp_path / "config.json", {"a": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_json(tmp_path / "config.json", {"a": 2})
+    assert read_json(tmp_path / "config.json") == {"a": 1}
+    assert os.listdir(tmp_path) == ["config.json"]
+
+
+def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "config.json", {"loss": float("nan")})
+    assert os.listdir(tmp_path) == []

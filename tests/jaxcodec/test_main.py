@@ -1,0 +1,74 @@
+"""The command line: one quantizes, the other shows it, and bad input is one sentence."""
+
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxcodec.__main__ import main
+from jaxcodec.models.config import ModelConfig
+from jaxcodec.models.load import load_model, save_model
+from jaxcodec.models.transformer import init_model
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=32,
+    hidden_size=32,
+    intermediate_size=64,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=16,
+    max_positions=32,
+    windows=(None,),
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", init_model(CONFIG, jax.random.key(0)))
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    return tmp_path / "model"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["jaxcodec", *map(str, words)])
+    main()
+
+
+def test_quantize_writes_a_model_that_inspect_shows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    out = tmp_path / "out"
+    run(monkeypatch, "quantize", model, "--spec", "m1v2b2g32", "--out", out)
+    printed = capsys.readouterr().out
+    assert {str(spec) for _, spec in load_model(out).specs} == {"m1v2b2g32"}
+    assert (out / "tokenizer.json").read_text() == "{}"
+    run(monkeypatch, "inspect", out)
+    shown = capsys.readouterr().out
+    assert printed.endswith(shown)
+    assert "layers.0.self_attn.q_proj" in shown
+    assert "whole model" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["inspect", "{tmp}/nowhere"], "There is no checkpoint directory"),
+        (["quantize", "{tmp}/nowhere", "--spec", "m1v2b2g32", "--out", "{tmp}/out"], "nowhere"),
+        (["quantize", "{tmp}/model", "--spec", "2bit", "--out", "{tmp}/out"], "such as m2v8g128"),
+        (["quantize", "{tmp}/model", "--spec", "m1v4g32", "--out", "{tmp}/model"], "is not empty"),
+        (["quantize", "{tmp}/model", "--spec", "m1v4g128", "--out", "{tmp}/out"], "layers.0."),
+    ],
+)
+def test_bad_input_ends_with_a_sentence(
+    words: list[str],
+    sentence: str,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(SystemExit, match=f"^jaxcodec: .*{sentence}"):
+        run(monkeypatch, *(word.replace("{tmp}", str(tmp_path)) for word in words))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,216 @@
+"""What multiplying by a codebook weight means, for every implementation of it.
+
+The expected numbers are computed here in numpy float64 from the definition alone.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcodec.pallas_kernels import psumbook_mosaic
+from jaxcodec.pallas_kernels.psumbook import choose, codebook_matmul
+from jaxcodec.pallas_kernels.shapes import TINY
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
+
+ON_GPU = jax.default_backend() == "gpu"
+MOSAIC = "mosaic" if ON_GPU else "mosaic_interpreted"
+IMPLEMENTATIONS = ("reference", "psumbook", MOSAIC)
+# Every shape in float32, where errors show; the narrow dtypes on the two main formats.
+CASES = [(name, jnp.float32, 1 + i % 5) for i, name in enumerate(TINY)] + [
+    ("tiny_m1v4", jnp.bfloat16, 2),
+    ("tiny_m2v8", jnp.bfloat16, 1),
+    ("tiny_m1v4", jnp.float16, 4),
+]
+
+
+def operands(name, dtype, M):
+    """Random x [M, K] and weight [K, N], made in numpy so that nothing compiles for them."""
+    text, K, N = TINY[name]
+    spec, draw = CodebookSpec.parse(text), np.random.default_rng(1)
+    m, v = spec.num_codebooks, spec.vector_length
+    codes = draw.integers(0, 2**32, (m, K // (4 * v), N), dtype=np.uint32)
+    codebooks = draw.normal(size=(m, 256, v)) / np.sqrt(m * K)
+    scales = draw.uniform(0.5, 1.5, (K // spec.group_size, N))
+    w = CodebookTensor(*map(jnp.asarray, (codes, codebooks.astype(dtype), scales.astype(dtype))))
+    return jnp.asarray(draw.normal(size=(M, K)).astype(dtype)), w
+
+
+matmul = jax.jit(codebook_matmul, static_argnums=2)
+
+
+def expected(x, w, dy):
+    """y, and the gradients of sum(y * dy) with respect to x, codebooks and scales, in float64."""
+    m, size, v = w.codebooks.shape
+    codes = np.asarray(w.codes)
+    fields = codes[:, :, None, :] >> (8 * np.arange(4, dtype=np.uint32))[:, None] & np.uint32(255)
+    codes = fields.reshape(m, -1, codes.shape[-1]).astype(np.int64)
+    x, dy, books, scales = (np.asarray(a, np.float64) for a in (x, dy, w.codebooks, w.scales))
+    K, N = w.shape
+    g = K // scales.shape[0]
+    vectors = np.sum([books[c][codes[c]] for c in range(m)], axis=0)
+    unscaled = vectors.transpose(0, 2, 1).reshape(K, N)
+    scales_kn = np.repeat(scales, g, axis=0)
+    dweight = x.T @ dy
+    dscales = (dweight * unscaled).reshape(-1, g, N).sum(axis=1)
+    dvectors = (dweight * scales_kn).reshape(K // v, v, N).transpose(0, 2, 1)
+    dbooks = np.zeros_like(books)
+    for c in range(m):
+        np.add.at(dbooks[c], codes[c], dvectors)
+    weight = unscaled * scales_kn
+    return x @ weight, dy @ weight.T, dbooks, dscales
+
+
+def assert_close(actual, wanted, dtype):
+    """Within the rounding of `dtype`, and of float32 sums on the scale of the whole array."""
+    actual = np.asarray(actual, np.float64)
+    bound = float(jnp.finfo(dtype).eps) * np.abs(wanted) + 4e-6 * np.abs(wanted).max()
+    worst = np.max(np.abs(actual - wanted) / bound)
+    assert worst <= 1, f"error is {worst:.2f} times its bound"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("name", "dtype", "M"), CASES)
+def test_values_and_gradients(name, dtype, M, implementation):
+    x, w = operands(name, dtype, M)
+    dy = jax.random.normal(jax.random.key(2), (M, w.shape[1]), dtype)
+
+    def run(x, w, dy):
+        y, pull_back = jax.vjp(lambda x, w: codebook_matmul(x, w, implementation), x, w)
+        dx, dw = pull_back(dy)
+        return y, dx, dw.codebooks, dw.scales
+
+    assert psumbook_mosaic.refusal(M, *w.shape, w.spec) is None
+    for actual, wanted in zip(jax.jit(run)(x, w, dy), expected(x, w, dy), strict=True):
+        assert actual.dtype == dtype
+        assert_close(actual, wanted, dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mixed_dtypes_keep_that_of_x(implementation):
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 2)
+    x = x.astype(jnp.float32)
+    y = matmul(x, w, implementation)
+    assert y.dtype == jnp.float32
+    assert_close(y, expected(x, w, np.zeros((2, w.shape[1])))[0], jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_leading_axes_are_rows(implementation):
+    x, w = operands("tiny_m2v8", jnp.float32, 4)
+    y = matmul(x, w, implementation)
+    folded = matmul(x.reshape(2, 2, -1), w, implementation)
+    single = matmul(x[0], w, implementation)
+    assert folded.shape == (2, 2, w.shape[1])
+    assert single.shape == (w.shape[1],)
+    np.testing.assert_allclose(folded.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(single, y[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_of_rows_and_of_weights(implementation):
+    x, w = operands("tiny_m1v4", jnp.float32, 2)
+    _, other = operands("tiny_m1v4", jnp.float32, 2)
+    other = dataclasses.replace(other, scales=2 * other.scales)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, other)
+    op = lambda x, w: codebook_matmul(x, w, implementation)
+    y = matmul(x, w, implementation)
+    over_rows = jax.jit(jax.vmap(op, in_axes=(0, None)))(x, w)
+    np.testing.assert_allclose(over_rows, y, rtol=1e-5, atol=1e-6)
+    over_weights = jax.jit(jax.vmap(op, in_axes=(None, 0)))(x, stacked)
+    np.testing.assert_allclose(over_weights, jnp.stack([y, 2 * y]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradient_of_vmap(implementation):
+    x, w = operands("tiny_m1v4", jnp.float32, 2)
+    loss = lambda x: jax.vmap(lambda row: codebook_matmul(row, w, implementation))(x).sum()
+    _, dx, _, _ = expected(x, w, np.ones((2, w.shape[1])))
+    assert_close(jax.jit(jax.grad(loss))(x), dx, jnp.float32)
+
+
+def test_wide_codes_have_a_psumbook_too():
+    K, N = 32, 48
+    w = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse("m1v8b16g32"), K, N)
+    x = jax.random.normal(jax.random.key(1), (3, K), jnp.float32)
+    gathered = codebook_matmul(x, w, "psumbook")
+    np.testing.assert_allclose(gathered, codebook_matmul(x, w, "reference"), rtol=1e-5, atol=1e-6)
+
+
+def test_the_rule_chooses_the_kernel_where_it_can_run():
+    spec = CodebookSpec.parse("m2v8g128")
+    assert choose(1, 4096, 14336, spec, jnp.float32) == ("mosaic" if ON_GPU else "reference")
+    assert choose(4096, 4096, 14336, spec, jnp.float32) == "reference"
+    assert choose(4096, 4096, 14336, spec, jnp.bfloat16) == (
+        "dequantize" if ON_GPU else "reference"
+    )
+    wide = CodebookSpec.parse("m1v8b16g128")
+    assert choose(1, 4096, 14336, wide, jnp.float32) == "reference"
+    assert choose(0, 4096, 14336, spec, jnp.float32) == "reference"
+
+
+def test_the_chosen_implementation_agrees():
+    x, w = operands("tiny_m2v8", jnp.float32, 1)
+    assert_close(codebook_matmul(x, w), expected(x, w, np.zeros((1, 256)))[0], jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_the_dense_product_in_the_dtype_of_x_only_rounds_the_weight(dtype):
+    x, w = operands("tiny_m1v4", dtype, 3)
+    exact = expected(x, w, np.zeros((3, w.shape[1])))[0]
+    actual = np.asarray(matmul(x, w, "dequantize"), np.float64)
+    magnitudes = dataclasses.replace(w, codebooks=jnp.abs(w.codebooks))
+    sizes = expected(jnp.abs(x), magnitudes, np.zeros((3, w.shape[1])))[0]
+    # Half a unit in the last place of each weight, half of the result, and float32 sums.
+    bound = float(jnp.finfo(dtype).eps) / 2 * (sizes + np.abs(exact)) + 4e-6 * np.abs(exact).max()
+    assert np.all(np.abs(actual - exact) <= bound)
+
+
+def test_no_rows_give_no_rows():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    assert codebook_matmul(x[:0], w).shape == (0, w.shape[1])
+
+
+def test_wrong_k_names_both_numbers():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(ValueError, match=r"K = 256 .* got \[1, 255\]"):
+        codebook_matmul(x[:, :-1], w)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn])
+def test_wrong_dtype_is_named(dtype):
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(TypeError, match=f"x must be .* got {jnp.dtype(dtype).name}"):
+        codebook_matmul(x.astype(dtype), w)
+    with pytest.raises(TypeError, match="uint32, got int32"):
+        codebook_matmul(x, dataclasses.replace(w, codes=w.codes.astype(jnp.int32)))
+    with pytest.raises(TypeError, match=f"scales must be .* got {jnp.dtype(dtype).name}"):
+        codebook_matmul(x, dataclasses.replace(w, scales=w.scales.astype(dtype)))
+
+
+def test_wrong_scales_and_no_columns_are_refused():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(ValueError, match=r"N = 256, got \[2, 255\]"):
+        codebook_matmul(x, dataclasses.replace(w, scales=w.scales[:, :-1]))
+    empty = CodebookTensor(w.codes[..., :0], w.codebooks, w.scales[..., :0])
+    with pytest.raises(ValueError, match="N = 0"):
+        codebook_matmul(x, empty)
+
+
+def test_unknown_implementation_lists_the_known():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(ValueError, match="'cutlass'; there are .*'reference'"):
+        codebook_matmul(x, w, "cutlass")
+
+
+def test_a_named_kernel_says_why_it_cannot_run():
+    cpu = jax.devices("cpu")[0]
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with jax.default_device(cpu), pytest.raises(NotImplementedError, match="capability 9.0"):
+        codebook_matmul(x, w, "mosaic")
+    narrow = CodebookTensor(w.codes[..., :96], w.codebooks, w.scales[..., :96])
+    with pytest.raises(NotImplementedError, match="at least 128 columns, got N = 96"):
+        codebook_matmul(x, narrow, MOSAIC)

@@ -1,0 +1,39 @@
+"""The batch loop returns every output in order, and gives up cleanly."""
+
+from jaxcodec.serve.batch_loop import generate, stream
+from jaxcodec.serve.request import Request, RequestOutput, SamplingParams, TextDelta
+
+
+def some_requests(count: int) -> list[Request]:
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    return [Request("first", [5 + i, 6], sampling) for i in range(count)]
+
+
+def test_outputs_come_in_the_order_of_requests(make_engine) -> None:
+    requests = some_requests(3)
+    requests.insert(1, Request("nobody", [1]))
+    outputs = generate(make_engine(max_batch=2), requests)
+    assert [o.finish_reason for o in outputs] == ["length", "error", "length", "length"]
+    assert [o.model for o in outputs] == ["first", "nobody", "first", "first"]
+
+
+def test_a_stream_gives_every_token_before_the_end(engine) -> None:
+    events = list(stream(engine, some_requests(2)))
+    for i in range(2):
+        *deltas, end = [event for index, event in events if index == i]
+        assert isinstance(end, RequestOutput)
+        tokens = [delta.token for delta in deltas if isinstance(delta, TextDelta)]
+        assert tuple(tokens) == end.tokens
+
+
+def test_an_abandoned_stream_leaves_nothing(engine) -> None:
+    events = stream(engine, some_requests(2))
+    next(events)
+    events.close()
+    assert not engine.busy
+    engine.check()
+    assert engine.stats().pages.held == 0
+
+
+def test_no_requests_are_no_work(engine) -> None:
+    assert generate(engine, []) == []

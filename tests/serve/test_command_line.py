@@ -1,0 +1,93 @@
+"""The command line serves what it can and says what it cannot."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxcodec.models.config import ModelConfig
+from jaxcodec.models.load import copy_tokenizer, save_model
+from jaxcodec.models.lora import init_adapter, save_adapter
+from jaxcodec.models.transformer import init_model
+from jaxcodec.serve.__main__ import main
+
+CONFIG = ModelConfig(
+    model_type="llama",
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    max_positions=64,
+    windows=(None, None),
+    eos_ids=(2,),
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base with a tokenizer, an adapter that is zero, and a full model."""
+    made = tmp_path_factory.mktemp("models")
+    base = init_model(CONFIG, jax.random.key(0))
+    save_model(made / "base", base)
+    copy_tokenizer(Path(__file__).parents[1] / "fixtures" / "tokenizer", made / "base")
+    save_adapter(made / "zero", init_adapter(base, jax.random.key(1), rank=2), base_name="base")
+    save_model(made / "module", init_model(CONFIG, jax.random.key(2)))
+    return made
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["serve", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(str(ended.value.code))
+
+
+def test_prompts_are_answered_and_bad_lines_reported(
+    directory: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    shared = "a prompt of some length"
+    lines: list[dict] = [
+        {"model": name, "prompt": shared, "max_tokens": 4, "ignore_eos": True}
+        for name in ("base", "zero", "module")
+    ]
+    lines += [{"model": "nobody", "prompt": shared}, {"prompt": "x" * 400}, {"promt": shared}]
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    status = run(
+        monkeypatch,
+        *("--model", directory / "base", "--icarus", f"zero={directory / 'zero'}"),
+        *("--prefill-share", f"module={directory / 'module'}", "--pages", 32),
+        *("--prompts", prompts, "--out", out),
+    )
+    assert status == 1
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [a["line"] for a in answers] == [1, 2, 3, 4, 5, 6]
+    assert [a["finish_reason"] for a in answers] == ["length"] * 3 + ["error"] * 3
+    assert answers[0]["tokens"] == answers[1]["tokens"] != answers[2]["tokens"]
+    printed = capsys.readouterr().out
+    assert "tokens generated" in printed
+    for line, message in ((4, "No model is served as"), (5, "The prompt has"), (6, "unknown keys")):
+        assert f"line {line}: {message}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--icarus", "zero"], "Expected NAME=DIRECTORY, got 'zero'"),
+        (["--icarus", "new=/no/such/place"], "/no/such/place"),
+        (["--prompts", "/no/such/file"], "There is no file /no/such/file"),
+    ],
+)
+def test_what_cannot_start_says_why(
+    arguments: list[str], message: str, directory: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text("")
+    given = ["--model", directory / "base", "--prompts", tmp_path / "prompts.jsonl"]
+    assert run(monkeypatch, *given, "--out", tmp_path / "out.jsonl", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()

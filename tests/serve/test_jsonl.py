@@ -1,0 +1,63 @@
+"""Lines become requests, or sentences that say what is wrong with them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxcodec.serve.jsonl import parse_request, read_requests, write_outputs
+from jaxcodec.serve.request import Request, RequestOutput, SamplingParams, Timings
+
+
+def test_a_line_holds_a_request() -> None:
+    line = {"model": "sums", "prompt": "1+1", "id": "a", "top_k": 4, "stop": ["\n"], "seed": 3}
+    sampling = SamplingParams(top_k=4, stop=("\n",), seed=3)
+    assert parse_request(json.dumps(line), "base") == Request("sums", "1+1", sampling, "a")
+    assert parse_request('{"prompt": [1, 2]}', "base") == Request("base", [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not JSON"),
+        ("[1]", "expected a JSON object, got a list"),
+        ("{}", "'prompt' must be a text or a list of token ids"),
+        ('{"prompt": [1, "a"]}', "'prompt' must be"),
+        ('{"prompt": "a", "model": 3}', "'model' and 'id' must be texts"),
+        ('{"prompt": "a", "temprature": 1}', r"unknown keys \['temprature'\]"),
+        ('{"prompt": "a", "temperature": "hot"}', "wrong type"),
+        ('{"prompt": "a", "top_p": 2}', "top_p must lie in"),
+        ('{"prompt": "a", "stop": 3}', "wrong type"),
+    ],
+)
+def test_what_is_wrong_is_said(line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_request(line, "base")
+
+
+def test_bad_lines_keep_their_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a\u2028b"}\n\n{"prompt"}\n{"prompt": [3]}\n')
+    (one, first), (three, second), (four, third) = read_requests(file, "base")
+    assert (one, three, four) == (1, 3, 4)
+    assert (first, third) == (Request("base", "a\u2028b"), Request("base", [3]))
+    assert str(second).startswith("line 3: not JSON")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no file .*none.jsonl"):
+        read_requests(tmp_path / "none.jsonl", "base")
+
+
+def test_outputs_are_lines(tmp_path: Path) -> None:
+    timings = Timings(1.0, 1.5, 2.0, 4.0)
+    outputs = [
+        (1, RequestOutput("a", "base", "é", (5, 6), "stop", None, 3, 2, timings)),
+        (4, RequestOutput("b", "base", "", (), "error", "why")),
+    ]
+    write_outputs(tmp_path / "new" / "out.jsonl", outputs)
+    lines = (tmp_path / "new" / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    first, second = (json.loads(line) for line in lines)
+    assert (first["line"], first["text"], first["tokens"]) == (1, "é", [5, 6])
+    assert (first["ttft_s"], first["latency_s"]) == (1.0, 3.0)
+    assert (second["line"], second["error"]) == (4, "why")

@@ -1,0 +1,90 @@
+"""A checkpoint gives back the same bits; a directory belongs to one run."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcodec.train.checkpoint import Checkpoints, claim_directory, digest
+from jaxcodec.train.step import TrainState, full_training, init_state, make_optimizer, make_schedule
+
+OPTIMIZER = make_optimizer(make_schedule(1e-3, 0, 10), weight_decay=0.0, clip_norm=1.0)
+
+
+@pytest.fixture
+def state(codebook_model):
+    return init_state(full_training(codebook_model), OPTIMIZER)
+
+
+def at_step(state, step):
+    return TrainState(jnp.int32(step), state.trainable, state.optimizer)
+
+
+def test_a_checkpoint_gives_back_the_same_bits(state, tmp_path):
+    state = jax.tree.map(lambda x: x + jnp.asarray(1 / 3, x.dtype), state)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 7), {"next_index": 5})
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 7
+        restored, position = checkpoints.restore(jax.tree.map(jnp.zeros_like, state))
+    assert position == {"next_index": 5}
+    chex.assert_trees_all_equal(restored, at_step(state, 7))
+    chex.assert_trees_all_equal_structs(restored, state)
+
+
+def test_the_last_few_are_kept(state, tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(at_step(state, step), {})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_write_that_was_cut_short_does_not_count(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 1), {"next_index": 1})
+    torn = tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-0"
+    torn.mkdir()
+    (torn / "state").write_bytes(b"half")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 1
+        assert checkpoints.restore(state)[1] == {"next_index": 1}
+
+
+def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 1), {})
+        with pytest.raises(ValueError, match="do not match"):
+            checkpoints.restore(TrainState(state.step, {"other": jnp.zeros(3)}, ()))
+
+
+def test_nothing_to_restore_is_said(state, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(FileNotFoundError, match="holds no"):
+        checkpoints.restore(state)
+
+
+def test_a_directory_of_another_run_is_refused_naming_what_differs(tmp_path):
+    manifest = {"steps": 10, "data": "abc", "seed": 0}
+    claim_directory(tmp_path, manifest)
+    claim_directory(tmp_path, dict(manifest))
+    with pytest.raises(ValueError, match="data was 'abc' and is 'xyz'; steps was 10 and is 20"):
+        claim_directory(tmp_path, manifest | {"data": "xyz", "steps": 20})
+    with pytest.raises(ValueError, match="rank was None and is 4"):
+        claim_directory(tmp_path, manifest | {"rank": 4})
+
+
+def test_a_digest_sees_every_value_shape_dtype_and_name():
+    trees = [
+        {"a": np.zeros(4, np.float32)},
+        {"a": np.zeros(4, np.int32)},
+        {"a": np.zeros((2, 2), np.float32)},
+        {"a": np.array([0, 0, 0, 1e-9], np.float32)},
+        {"b": np.zeros(4, np.float32)},
+        {"a": np.zeros(4, np.float32), "c": np.zeros((), np.float32)},
+    ]
+    assert len({digest(tree) for tree in trees}) == len(trees)
+    assert digest(trees[0]) == digest({"a": jnp.zeros(4)})
+
+
+def test_a_digest_sees_the_sizes_of_a_model(model, codebook_model):
+    assert digest(model) != digest(codebook_model)

@@ -1,0 +1,66 @@
+"""Which tokens carry loss, and that the sums are cross entropy."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcodec.train.data import Batch
+from jaxcodec.train.loss import next_token_loss, target_mask
+
+BATCH = Batch(
+    np.array([[5, 6, 7, 2, 0, 0], [3, 1, 4, 1, 5, 2], [0, 0, 0, 0, 0, 0]]),
+    np.array([4, 6, 0]),
+    np.array([2, 1, 1]),
+)
+
+
+def test_the_mask_covers_completion_and_eos_and_nothing_else():
+    expected = [[0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]
+    assert np.asarray(target_mask(BATCH)).astype(int).tolist() == expected
+
+
+def test_the_loss_is_the_cross_entropy_of_the_masked_targets(key):
+    logits = jax.random.normal(key, (3, 6, 9))
+    sums = next_token_loss(logits, BATCH)
+    log_p = np.asarray(jax.nn.log_softmax(logits))
+    terms = [(0, 1, 7), (0, 2, 2), *((1, t, BATCH.tokens[1, t + 1]) for t in range(5))]
+    expected = -sum(log_p[b, t, token] for b, t, token in terms)
+    assert float(sums.loss) == pytest.approx(expected, rel=1e-6)
+    assert float(sums.count) == len(terms)
+    assert float(sums.mean) == pytest.approx(expected / len(terms), rel=1e-6)
+
+
+def test_gradients_reach_only_positions_that_predict_a_counted_token(key):
+    logits = jax.random.normal(key, (3, 6, 9))
+    gradient = jax.grad(lambda x: next_token_loss(x, BATCH).loss)(logits)
+    reached = np.asarray(jnp.any(gradient != 0, axis=-1))
+    assert reached[:, :-1].tolist() == np.asarray(target_mask(BATCH)).tolist()
+    assert not reached[:, -1].any()
+
+
+def test_padding_may_hold_anything(key):
+    logits = jax.random.normal(key, (3, 6, 9))
+    wild = logits.at[2].set(jnp.nan).at[0, 4:].set(jnp.inf)
+    chex.assert_trees_all_equal(next_token_loss(wild, BATCH), next_token_loss(logits, BATCH))
+
+
+def test_sums_add_up_over_parts_of_a_batch(key):
+    logits = jax.random.normal(key, (3, 6, 9))
+    parts = [jax.tree.map(lambda x, b=b: x[b : b + 1], BATCH) for b in range(3)]
+    total = sum(
+        (next_token_loss(logits[b : b + 1], part) for b, part in enumerate(parts[1:], 1)),
+        start=next_token_loss(logits[:1], parts[0]),
+    )
+    chex.assert_trees_all_close(total, next_token_loss(logits, BATCH), rtol=1e-6)
+
+
+def test_a_batch_without_targets_has_loss_zero():
+    empty = Batch(BATCH.tokens, np.zeros(3, int), BATCH.prompt_lengths)
+    assert float(next_token_loss(jnp.ones((3, 6, 9)), empty).mean) == 0
+
+
+def test_the_right_token_counts_as_correct():
+    logits = 10 * jax.nn.one_hot(jnp.roll(BATCH.tokens, -1, axis=1), 9)
+    assert float(next_token_loss(logits, BATCH).accuracy) == 1

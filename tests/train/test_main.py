@@ -1,0 +1,74 @@
+"""Every command on a tiny model, from files to files."""
+
+import json
+import sys
+
+import chex
+import pytest
+
+from jaxcodec.models.load import load_model
+from jaxcodec.train.__main__ import (
+    Conventional,
+    Evaluate,
+    Icarus,
+    PrefillShare,
+    Pretrain,
+    conventional,
+    evaluate,
+    icarus,
+    main,
+    prefill_share,
+    pretrain,
+)
+from jaxcodec.train.loop import TrainOptions
+
+OPTIONS = TrainOptions(steps=2, batch_size=4, warmup_steps=0)
+
+
+def run_options(pairs_file, out, **more):
+    return {"data": pairs_file, "out": out, "max_length": 16, "options": OPTIONS, **more}
+
+
+def test_pretraining_starts_from_a_config_and_goes_on_from_weights(base, pairs_file, tmp_path):
+    config = base / "config.json"
+    first = pretrain(
+        Pretrain(**run_options(pairs_file, tmp_path / "a", config=config, tokenizer=base))
+    )
+    chex.assert_trees_all_equal(load_model(tmp_path / "a/model"), first)
+    second = pretrain(Pretrain(**run_options(pairs_file, tmp_path / "b", model=base)))
+    assert second.config == first.config
+    with pytest.raises(ValueError, match="not both"):
+        pretrain(Pretrain(**run_options(pairs_file, tmp_path, config=config, model=base)))
+    with pytest.raises(ValueError, match="needs --tokenizer"):
+        pretrain(Pretrain(**run_options(pairs_file, tmp_path, config=config)))
+
+
+def test_an_icarus_adapter_goes_from_file_to_evaluation(
+    base, pairs_file, tmp_path, monkeypatch, capsys
+):
+    icarus(Icarus(**run_options(pairs_file, tmp_path / "run", model=base, rank=2)))
+    result = tmp_path / "result.json"
+    arguments = f"evaluate --data {pairs_file} --model {base} --adapter {tmp_path}/run/adapter"
+    arguments += f" --scheme icarus --max-new-tokens 2 --out {result}"
+    monkeypatch.setattr(sys, "argv", ["jaxcodec.train", *arguments.split()])
+    capsys.readouterr()
+    main()
+    assert json.loads(capsys.readouterr().out) == json.loads(result.read_text())
+    assert json.loads(result.read_text())["examples"] == 16
+
+
+def test_prefill_share_leaves_a_model(base, pairs_file, tmp_path, capsys):
+    prefill_share(PrefillShare(**run_options(pairs_file, tmp_path / "run", base=base)))
+    model = tmp_path / "run/model"
+    evaluate(
+        Evaluate(data=pairs_file, model=model, base=base, scheme="prefill-share", max_new_tokens=2)
+    )
+    assert '"loss"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_conventional_training_leaves_a_model_or_an_adapter(base, pairs_file, tmp_path, lora):
+    run = Conventional(**run_options(pairs_file, tmp_path / "run", model=base, lora=lora, rank=2))
+    conventional(run)
+    assert (tmp_path / "run" / ("adapter" if lora else "model")).is_dir()
+    assert not (tmp_path / "run" / ("model" if lora else "adapter")).exists()

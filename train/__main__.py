@@ -1,0 +1,274 @@
+"""The command line of training: `python -m jaxcodec.train COMMAND --help`.
+
+    pretrain       a model from random weights, or on from others, on text
+    icarus         an adapter that reads the cache of its frozen base (ICaRus)
+    prefill-share  a decode module that reads prompts written by a frozen base (PrefillShare)
+    conventional   the whole model, or an ordinary LoRA, which share nothing
+    evaluate       loss and share of right answers on held-out prompts
+
+Every command runs the function of its name here, which scripts can import.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcodec.checkpoints.files import read_json
+from jaxcodec.models.config import ModelConfig
+from jaxcodec.models.layers import AdapterBank
+from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, save_model
+from jaxcodec.models.lora import (
+    ALL_TARGETS,
+    ICARUS_TARGETS,
+    Adapter,
+    init_adapter,
+    load_adapter,
+    save_adapter,
+    set_adapter,
+    with_bank,
+)
+from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
+from jaxcodec.models.transformer import Model, init_model
+from jaxcodec.train import evaluate as evaluation
+from jaxcodec.train.data import PretrainedTokenizer, read_examples
+from jaxcodec.train.loop import TrainOptions, train
+from jaxcodec.train.step import (
+    Objective,
+    adapter_training,
+    decode_module_training,
+    full_training,
+)
+
+SCHEMES = {"conventional": CONVENTIONAL, "prefill-share": PREFILL_SHARE, "icarus": ICARUS}
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What every training command takes.
+
+    Attributes:
+      data: JSONL of {"prompt", "completion"} or {"text"}.
+      out: directory of the run; the result goes to `model` or `adapter` in it. Where it holds a
+        checkpoint of the same run, the run goes on from there.
+      eval_data: held-out JSONL for `eval_loss`; its examples obey the same max_length.
+      max_length: most tokens of an example.
+      dtype: of the computation and of the result (masters are float32); None for that on disk.
+      options: steps, batch, learning rate and the rest.
+    """
+
+    data: Path
+    out: Path
+    eval_data: Path | None = None
+    max_length: int = 256
+    dtype: Dtype | None = None
+    options: TrainOptions = TrainOptions()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrain(Run):
+    """Train a whole model on text; prompt and completion count as text too.
+
+    Attributes:
+      config: a Hugging Face config.json, to start from random weights.
+      model: a directory to go on from instead, dense or quantized (whose codes stay).
+      tokenizer: directory of the tokenizer; None for the model's.
+    """
+
+    config: Path | None = None
+    model: Path | None = None
+    tokenizer: Path | None = None
+    options: TrainOptions = TrainOptions(weight_decay=0.1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Icarus(Run):
+    """Train a LoRA whose model reads only keys and values that the frozen base wrote.
+
+    Attributes:
+      model: directory of the base, dense or quantized.
+      rank: of the adapter.
+      alpha: the adapter's output is scaled by alpha / rank.
+      targets: linears that it changes; k_proj and v_proj are not possible.
+    """
+
+    model: Path
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ICARUS_TARGETS
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillShare(Run):
+    """Train a decode module on prompts that the frozen base wrote.
+
+    Attributes:
+      base: directory of the base, which writes the prompts.
+      model: directory of the weights that the decode module starts from; None for the base's.
+    """
+
+    base: Path
+    model: Path | None = None
+    options: TrainOptions = TrainOptions(learning_rate=2e-4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conventional(Run):
+    """Train a model that writes its own cache: all of it, or a LoRA.
+
+    Attributes:
+      model: directory of the model to start from.
+      lora: train a LoRA on the frozen model instead of the model.
+      rank: of the LoRA.
+      alpha: its output is scaled by alpha / rank.
+      targets: linears that it changes.
+    """
+
+    model: Path
+    lora: bool = False
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ALL_TARGETS
+    options: TrainOptions = TrainOptions(learning_rate=2e-4)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure loss and share of right greedy answers.
+
+    Attributes:
+      data: JSONL of {"prompt", "completion"}.
+      model: directory of the model, the base of the adapter, or the decode module.
+      adapter: directory of a PEFT adapter.
+      base: directory of the writer of prompts under prefill-share.
+      scheme: who writes the cache.
+      out: where to write the result as JSON, besides printing it.
+      dtype: of the computation; None for that on disk.
+      max_new_tokens: most tokens of an answer.
+      batch_size: prompts at once.
+    """
+
+    data: Path
+    model: Path
+    adapter: Path | None = None
+    base: Path | None = None
+    scheme: Literal["conventional", "prefill-share", "icarus"] = "conventional"
+    out: Path | None = None
+    dtype: Dtype | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 256
+
+
+def pretrain(run: Pretrain) -> Model:
+    """Train a model on text and save it to `run.out / "model"`.
+
+    Raises:
+      ValueError: not exactly one of config and model is given, or no tokenizer.
+    """
+    if run.config is not None and run.model is not None:
+        raise ValueError("pretrain takes --config (random weights) or --model, not both.")
+    tokenizer = run.tokenizer or run.model
+    if tokenizer is None:
+        raise ValueError("pretrain from a config needs --tokenizer, a directory that holds one.")
+    if run.model is not None:
+        model = _load(run.model, run.dtype)
+    elif run.config is not None:
+        config = ModelConfig.from_hf(read_json(run.config))
+        dtype = jnp.float32 if run.dtype is None else DTYPES[run.dtype]
+        model = init_model(config, jax.random.key(run.options.seed), dtype)
+    else:
+        raise ValueError("pretrain takes --config (random weights) or --model (to go on).")
+    return _train_model(full_training(model), run, tokenizer, pack=True)
+
+
+def icarus(run: Icarus) -> Adapter:
+    """Train an adapter and write it to `run.out / "adapter"` in PEFT's format."""
+    base = _load(run.model, run.dtype)
+    return _train_adapter(base, run, ICARUS)
+
+
+def prefill_share(run: PrefillShare) -> Model:
+    """Train a decode module and save it to `run.out / "model"`."""
+    base = _load(run.base, run.dtype)
+    model = base if run.model is None else _load(run.model, run.dtype)
+    return _train_model(decode_module_training(model, base), run, run.base)
+
+
+def conventional(run: Conventional) -> Model | Adapter:
+    """Train a model, or a LoRA, and save it to `run.out / "model"` or `"adapter"`."""
+    model = _load(run.model, run.dtype)
+    if run.lora:
+        return _train_adapter(model, run, CONVENTIONAL)
+    return _train_model(full_training(model), run, run.model)
+
+
+def evaluate(run: Evaluate) -> None:
+    """Measure a model, print the result, and write it to `run.out`."""
+    model = _load(run.model, run.dtype)
+    if run.adapter is not None:
+        adapter = load_adapter(run.adapter, model)
+        bank = AdapterBank(1, adapter.rank, adapter.targets)
+        model = set_adapter(with_bank(model, bank), adapter, 0)
+    result = evaluation.evaluate(
+        run.data,
+        PretrainedTokenizer(run.model if run.base is None else run.base),
+        model,
+        SCHEMES[run.scheme],
+        None if run.base is None else _load(run.base, run.dtype),
+        max_new_tokens=run.max_new_tokens,
+        batch_size=run.batch_size,
+        out=run.out,
+    )
+    print(json.dumps(result, indent=2))
+
+
+def _load(directory: Path, dtype: Dtype | None) -> Model:
+    return load_model(directory, None if dtype is None else DTYPES[dtype])
+
+
+def _train_model(objective: Objective, run: Run, tokenizer: Path, pack: bool = False) -> Model:
+    model = _train(objective, run, tokenizer, pack)
+    save_model(run.out / "model", model)
+    copy_tokenizer(tokenizer, run.out / "model")
+    return model
+
+
+def _train_adapter(base: Model, run: Icarus | Conventional, scheme: Scheme) -> Adapter:
+    key = jax.random.key(run.options.seed)
+    adapter = init_adapter(base, key, run.rank, run.alpha, run.targets)
+    adapter = _train(adapter_training(base, adapter, scheme), run, run.model)
+    save_adapter(run.out / "adapter", adapter, base_name=run.model.name)
+    return adapter
+
+
+def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = False) -> Any:
+    tokenizer = PretrainedTokenizer(tokenizer_from)
+    examples = read_examples(run.data, tokenizer, run.max_length, pack=pack)
+    held_out = None
+    if run.eval_data is not None:
+        held_out = read_examples(run.eval_data, tokenizer, run.max_length, pack=pack)
+    return train(objective, examples, run.options, run.out, held_out)
+
+
+def main() -> None:
+    """Run the command line."""
+    import tyro
+
+    tyro.extras.subcommand_cli_from_dict(
+        {
+            "pretrain": pretrain,
+            "icarus": icarus,
+            "prefill-share": prefill_share,
+            "conventional": conventional,
+            "evaluate": evaluate,
+        },
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+
+
+if __name__ == "__main__":
+    main()

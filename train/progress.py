@@ -1,0 +1,46 @@
+"""What a run says while it trains: a bar on a terminal, plain lines elsewhere."""
+
+import contextlib
+import datetime
+import sys
+from collections.abc import Callable, Iterator
+
+Report = Callable[[int, str, float], None]
+
+
+@contextlib.contextmanager
+def progress(total: int, start: int) -> Iterator[Report]:
+    """Yields report(step, text, seconds left): `text` beside a bar, or a line a call.
+
+    Args:
+      total: steps of the run.
+      start: steps already taken.
+    """
+    if sys.stdout.isatty():
+        with _bar(total, start) as report:
+            yield report
+    else:
+        yield lambda step, text, left: print(
+            f"step {step}/{total}  {text}  {_clock(left)} left", flush=True
+        )
+
+
+@contextlib.contextmanager
+def _bar(total: int, start: int) -> Iterator[Report]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[text]}  {task.fields[left]} left"),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("train", total=total, completed=start, text="compiling", left="?")
+        yield lambda step, text, left: bar.update(
+            task, completed=step, text=text, left=_clock(left)
+        )
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -1,0 +1,152 @@
+"""What a model's linears are stored as, and what that costs: made by quantizing, or read off disk.
+
+Letters: K input and N output features.
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcodec.checkpoints.files import read_json, write_json
+from jaxcodec.checkpoints.safetensors import read_tensors
+from jaxcodec.tensor import CodebookTensor
+
+# Beside config.json in the directory of a quantized model.
+FILE = "quantization.json"
+HEADER = ("linear", "K x N", "stored as", "bits/weight", "relative error", "seconds")
+
+_LINEAR = re.compile(r"model\.(layers\.\d+\.\w+\.\w+_proj)\.(weight|codes)")
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearReport:
+    """One linear.
+
+    Attributes:
+      name: such as `layers.0.self_attn.q_proj`.
+      K: input features.
+      N: output features.
+      stored: its spec, such as m2v8g128, or the dtype of a dense one.
+      bits_per_weight: codes, codebooks and scales together.
+      relative_error: ||W - W'|| / ||W||; None where it is not known.
+      seconds: time to quantize it (the first of a shape compiles); None where it is not known.
+    """
+
+    name: str
+    K: int
+    N: int
+    stored: str
+    bits_per_weight: float
+    relative_error: float | None = None
+    seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationReport:
+    """All linears of a model's blocks.
+
+    Attributes:
+      linears: in the model's order.
+      nbytes: bytes of the whole model, embeddings, norms and head included.
+    """
+
+    linears: tuple[LinearReport, ...]
+    nbytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Mean over the weights of all linears."""
+        weights = [linear.K * linear.N for linear in self.linears]
+        return sum(
+            linear.bits_per_weight * w for linear, w in zip(self.linears, weights, strict=True)
+        ) / sum(weights)
+
+    def __str__(self) -> str:
+        """A table with a line for each linear, and the totals."""
+        rows = [HEADER, *map(_row, self.linears)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join(
+            [
+                *lines,
+                f"{len(self.linears)} linears at {self.bits_per_weight:.3f} bits per weight; "
+                f"whole model {self.nbytes:,} bytes",
+            ]
+        )
+
+    def write(self, directory: str | Path) -> None:
+        """Write the report as JSON into the directory of the model."""
+        totals = {"bits_per_weight": self.bits_per_weight, "nbytes": self.nbytes}
+        linears = [dataclasses.asdict(linear) for linear in self.linears]
+        write_json(Path(directory) / FILE, totals | {"linears": linears})
+
+
+def inspect_model(directory: str | Path) -> QuantizationReport:
+    """Report on a model directory from the shapes on disk, and from its report where it has one.
+
+    Raises:
+      FileNotFoundError: no such directory, or no weights in it.
+      ValueError: a damaged file, or arrays that do not form a codebook tensor; they are named.
+    """
+    directory = Path(directory)
+    tensors = read_tensors(directory)
+    known = _known(directory / FILE)
+    found = {}
+    for key in tensors:
+        if match := _LINEAR.fullmatch(key):
+            found[match[1]] = _inspect(match[1], tensors, known.get(match[1], {}))
+    if not found:
+        raise ValueError(f"{directory} holds no linear of a Transformer block.")
+    linears = tuple(found[name] for name in sorted(found, key=_natural))
+    return QuantizationReport(linears, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def _known(path: Path) -> dict[str, dict[str, Any]]:
+    if not path.exists():
+        return {}
+    linears = read_json(path).get("linears")
+    if not isinstance(linears, list):
+        raise ValueError(f'{path} must hold a list "linears", as quantizing writes it.')
+    return {linear["name"]: linear for linear in linears}
+
+
+def _inspect(name: str, tensors: dict[str, np.ndarray], known: dict[str, Any]) -> LinearReport:
+    prefix = f"model.{name}"
+    dense = tensors.get(f"{prefix}.weight")
+    if dense is not None:
+        N, K = dense.shape
+        return LinearReport(name, K, N, dense.dtype.name, 8.0 * dense.itemsize)
+    fields = ("codes", "codebooks", "scales")
+    if missing := [field for field in fields if f"{prefix}.{field}" not in tensors]:
+        raise ValueError(f"{prefix} lacks {', '.join(missing)}.")
+    arrays = (jnp.asarray(tensors[f"{prefix}.{field}"]) for field in fields)
+    w = CodebookTensor(*arrays).check(name)
+    measured = {field: known.get(field) for field in ("relative_error", "seconds")}
+    return LinearReport(name, *w.shape, str(w.spec), w.bits_per_weight, **measured)
+
+
+def _row(linear: LinearReport) -> tuple[str, ...]:
+    def number(value: float | None, digits: int) -> str:
+        return "" if value is None else f"{value:.{digits}f}"
+
+    return (
+        linear.name,
+        f"{linear.K} x {linear.N}",
+        linear.stored,
+        number(linear.bits_per_weight, 3),
+        number(linear.relative_error, 4),
+        number(linear.seconds, 2),
+    )
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
