@@ -26,7 +26,7 @@ from jaxcodec.demo.tasks import AGENTS, check
 from jaxcodec.demo.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tokenizer
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.load import copy_tokenizer, save_model
+from jaxcodec.models.load import copy_tokenizer, load_model, save_model
 from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
@@ -38,9 +38,10 @@ from jaxcodec.models.lora import (
     with_bank,
 )
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
+from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.train.data import Examples, PretrainedTokenizer, read_examples
+from jaxcodec.train.data import Examples, read_examples
 from jaxcodec.train.evaluate import evaluate, mean_loss
 from jaxcodec.train.loop import TrainOptions, train
 from jaxcodec.train.ptq import quantize_model
@@ -60,6 +61,7 @@ class Recipe:
       pretrain_steps: steps of the dense base, 64 windows of 512 tokens each.
       recover_steps: steps that train the quantized base's codebooks, scales and other floats.
       adapter_steps: steps of each adapter, 128 stories each.
+      extract_steps: the same for `extract`, which has most to learn: to look things up.
       decode_module_steps: steps of the prefill-share decode module.
       decode_module_agent: the agent that it plays.
       rank: of the adapters.
@@ -69,6 +71,7 @@ class Recipe:
     pretrain_steps: int = 5000
     recover_steps: int = 800
     adapter_steps: int = 800
+    extract_steps: int = 2500
     decode_module_steps: int = 800
     decode_module_agent: str = "compute"
     rank: int = 8
@@ -111,17 +114,8 @@ def make(work: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
     heldout = read_examples(corpus / "heldout.jsonl", tokenizer, CONTEXT_LENGTH)
     dense = _pretrain(work, out, recipe, text, heldout)
     base, report["quantized"] = _quantize(work, out, recipe, dense, text, heldout)
-    report["heldout_loss"] = {"dense": _loss(dense, heldout), "quantized": _loss(base, heldout)}
-    specialists = _specialise(work, out, recipe, base, tokenizer)
-    report["heldout_accuracy"] = {}
-    for agent in AGENTS:
-        candidates = {
-            "dense base": (dense, CONVENTIONAL, None),
-            "base": (base, CONVENTIONAL, None),
-            **{kind: how for (kind, who), how in specialists.items() if who == agent},
-        }
-        file = corpus / f"{agent}.heldout.jsonl"
-        report["heldout_accuracy"][agent] = _accuracies(file, agent, tokenizer, candidates)
+    _specialise(work, out, recipe, base, tokenizer)
+    report |= measure(out, corpus)
     write_json(out / "recipe.json", report)
     return report
 
@@ -167,23 +161,16 @@ def _quantize(
         "spec": recipe.spec,
         "bits_per_weight": report.bits_per_weight,
         "loss_after_kmeans": _loss(quantized, heldout),
-        "loss_after_training": _loss(model, heldout),
         "bytes": model.nbytes,
         "dense_bytes": dense.nbytes,
     }
     return model, facts
 
 
-# A model with its adapter in slot 0, its scheme, and who writes its prompts if another does.
-Candidate = tuple[Model, Scheme, Model | None]
-Specialists = dict[tuple[str, str], Candidate]  # by kind and agent
-
-
 def _specialise(
     work: Path, out: Path, recipe: Recipe, base: Model, tokenizer: PretrainedTokenizer
-) -> Specialists:
+) -> None:
     """Train and ship every specialist."""
-    made: Specialists = {}
     options = TrainOptions(
         steps=recipe.adapter_steps,
         batch_size=128,
@@ -196,6 +183,8 @@ def _specialise(
     data = _stories(work / "corpus", tokenizer)
     for agent in AGENTS:
         examples, heldout = data[agent]
+        steps = recipe.extract_steps if agent == "extract" else recipe.adapter_steps
+        options = dataclasses.replace(options, steps=steps)
         for kind, scheme, targets in (
             ("icarus", ICARUS, ICARUS_TARGETS),
             ("conventional", CONVENTIONAL, ALL_TARGETS),
@@ -206,7 +195,8 @@ def _specialise(
                 adapter_training(base, start, scheme), examples, options, work / name, heldout
             )
             assert isinstance(adapter, Adapter)
-            made[kind, agent] = _ship_adapter(out / name, adapter, base), scheme, None
+            half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)
+            save_adapter(out / name, half, base_name="base-quantized")
         if agent == recipe.decode_module_agent:
             slower = dataclasses.replace(
                 options, steps=recipe.decode_module_steps, learning_rate=5e-4
@@ -217,8 +207,6 @@ def _specialise(
             )
             assert isinstance(module, Model)
             save_model(out / name, module)
-            made["prefill_share", agent] = module, PREFILL_SHARE, base
-    return made
 
 
 def _stories(corpus: Path, tokenizer: PretrainedTokenizer) -> dict[str, tuple[Examples, Examples]]:
@@ -235,12 +223,45 @@ def _stories(corpus: Path, tokenizer: PretrainedTokenizer) -> dict[str, tuple[Ex
     return {agent: (fitted[agent, "train"], fitted[agent, "heldout"]) for agent in AGENTS}
 
 
-def _ship_adapter(directory: Path, adapter: Adapter, base: Model) -> Model:
-    """Saved in bfloat16 and read back, so that what is measured is what is shipped."""
-    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)
-    save_adapter(directory, half, base_name="base-quantized")
-    shipped = load_adapter(directory, base)
-    return set_adapter(with_bank(base, AdapterBank(1, shipped.rank, shipped.targets)), shipped, 0)
+# A model with its adapter in slot 0, its scheme, and who writes its prompts if another does.
+Candidate = tuple[Model, Scheme, Model | None]
+
+
+def measure(weights: Path, corpus: Path, dtype: jnp.dtype | None = None) -> dict[str, Any]:
+    """Held-out losses and accuracies of what lies in `weights`, read back as a user would.
+
+    Args:
+      weights: what `make` wrote.
+      corpus: what `jaxcodec.demo.corpus` wrote.
+      dtype: to compute in; None for bfloat16, as stored.
+    """
+    tokenizer = PretrainedTokenizer(weights / "base")
+    dense, base = (load_model(weights / name, dtype) for name in ("base", "base-quantized"))
+    heldout = read_examples(corpus / "heldout.jsonl", tokenizer, CONTEXT_LENGTH)
+    results: dict[str, Any] = {
+        "measured_on": f"{jax.devices()[0].device_kind}, {jnp.dtype(base.dtype).name}",
+        "heldout_loss": {"dense": _loss(dense, heldout), "quantized": _loss(base, heldout)},
+        "heldout_accuracy": {},
+    }
+    for agent in AGENTS:
+        candidates = {"dense base": (dense, CONVENTIONAL, None), "base": (base, CONVENTIONAL, None)}
+        candidates |= _specialists(weights, agent, base)
+        file = corpus / f"{agent}.heldout.jsonl"
+        results["heldout_accuracy"][agent] = _accuracies(file, agent, tokenizer, candidates)
+    return results
+
+
+def _specialists(weights: Path, agent: str, base: Model) -> dict[str, Candidate]:
+    """Everybody who was trained to play `agent`."""
+    found: dict[str, Candidate] = {}
+    for kind, scheme in (("icarus", ICARUS), ("conventional", CONVENTIONAL)):
+        adapter = load_adapter(weights / f"{kind}-{agent}", base)
+        room = with_bank(base, AdapterBank(1, adapter.rank, adapter.targets))
+        found[kind] = set_adapter(room, adapter, 0), scheme, None
+    module = weights / f"prefill-share-{agent}"
+    if module.exists():
+        found["prefill_share"] = load_model(module, base.dtype), PREFILL_SHARE, base
+    return found
 
 
 def _loss(model: Model, examples: Examples) -> float:

@@ -8,4 +8,3 @@ from jaxcodec.serve.request import Request as Request
 from jaxcodec.serve.request import RequestOutput as RequestOutput
 from jaxcodec.serve.request import SamplingParams as SamplingParams
 from jaxcodec.serve.request import TextDelta as TextDelta
-from jaxcodec.serve.tokenizer import HFTokenizer as HFTokenizer

@@ -15,11 +15,11 @@ from pathlib import Path
 from jaxcodec.models.load import load_model
 from jaxcodec.models.lora import load_adapter
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
+from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.serve.batch_loop import stream
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.jsonl import read_requests, write_outputs
 from jaxcodec.serve.request import Request, RequestOutput
-from jaxcodec.serve.tokenizer import HFTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def make_engine(options: Options) -> Engine:
     base = load_model(options.model)
     engine = Engine(
         base,
-        HFTokenizer(options.model),
+        PretrainedTokenizer(options.model),
         name=options.name,
         page_size=options.page_size,
         pages=options.pages,

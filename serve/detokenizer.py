@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jaxcodec.serve.tokenizer import Tokenizer
+from jaxcodec.models.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what decoders write for bytes that are no character, or not yet one
 # UTF-8 characters have at most four bytes; tokens that still make none with the fourth never will.

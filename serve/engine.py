@@ -20,6 +20,7 @@ from jaxcodec.models.cache import KVCache, PageTable, pages_for
 from jaxcodec.models.lora import Adapter
 from jaxcodec.models.scheme import Scheme
 from jaxcodec.models.steps import decode_step, prefill
+from jaxcodec.models.tokenizer import Tokenizer
 from jaxcodec.models.transformer import Model
 from jaxcodec.serve.buckets import Batch, Buckets, Row, pad
 from jaxcodec.serve.detokenizer import TextStream
@@ -35,7 +36,6 @@ from jaxcodec.serve.request import (
 from jaxcodec.serve.sampling import SamplingBatch, sample
 from jaxcodec.serve.scheduler import PageCounts, Prefill, Scheduler, Sequence
 from jaxcodec.serve.served_models import Lane, ServedModel, ServedModels
-from jaxcodec.serve.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

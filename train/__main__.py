@@ -32,9 +32,10 @@ from jaxcodec.models.lora import (
     with_bank,
 )
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
+from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
-from jaxcodec.train.data import PretrainedTokenizer, read_examples
+from jaxcodec.train.data import read_examples
 from jaxcodec.train.loop import TrainOptions, train
 from jaxcodec.train.step import (
     Objective,

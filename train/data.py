@@ -7,73 +7,17 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
 
 import grain
 import jax
 import numpy as np
 
+from jaxcodec.models.tokenizer import Tokenizer
+
 PAIR_KEYS = {"prompt", "completion"}
 TEXT_KEYS = {"text"}
-
-
-class Tokenizer(Protocol):
-    """What training needs of a tokenizer."""
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a text."""
-        ...
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Tokens of a prompt or text, with what the model expects at its beginning, as served."""
-        ...
-
-    def encode_completion(self, text: str) -> Sequence[int]:
-        """Tokens of what follows a prompt: nothing is put before them."""
-        ...
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
-        ...
-
-
-class PretrainedTokenizer:
-    """The tokenizer in a Hugging Face model directory.
-
-    Raises:
-      ValueError: there is none, or it names no eos token, which ends every example.
-    """
-
-    def __init__(self, directory: str | os.PathLike):
-        from transformers import AutoTokenizer  # slow to import, and of no use to other tokenizers
-
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(
-                os.fspath(directory), local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{directory} holds no tokenizer that can be read: {error}") from error
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"{directory}: the tokenizer names no eos token to end examples with.")
-        self._tokenizer = tokenizer
-        self.eos_id: int = tokenizer.eos_token_id
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt or text, with a beginning-of-text token where the model has one."""
-        return self._tokenizer.encode(text)
-
-    def encode_completion(self, text: str) -> list[int]:
-        """Tokens of what follows a prompt."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of tokens, special ones left out."""
-        return self._tokenizer.decode(
-            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
 
 @jax.tree_util.register_dataclass

@@ -18,8 +18,9 @@ from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.cache import KVCache, identity_table
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, Scheme
 from jaxcodec.models.steps import PAGE_SIZE, decode_step, prefill
+from jaxcodec.models.tokenizer import Tokenizer
 from jaxcodec.models.transformer import Model
-from jaxcodec.train.data import Examples, Tokenizer, batches_in_order, read_examples, read_jsonl
+from jaxcodec.train.data import Examples, batches_in_order, read_examples, read_jsonl
 from jaxcodec.train.loss import LossSums
 from jaxcodec.train.step import eval_step
 
@@ -158,7 +159,7 @@ def evaluate(
             raise ValueError(
                 f"{path}, line {line} has a text: answers need a prompt and a completion."
             )
-    prompts = [list(tokenizer.encode(record["prompt"])) for record in records]
+    prompts = [tokenizer.encode(record["prompt"]) for record in records]
     new = complete(model, prompts, max_new_tokens, tokenizer.eos_id, scheme, base, batch_size)
     answers = [tokenizer.decode(tokens) for tokens in new]
     right = [_is_right(r, answer, check) for r, answer in zip(records, answers, strict=True)]

@@ -22,10 +22,11 @@ def adapted(base: Model, banked: Model, random_adapter) -> Model:
 
 def decoded_cache(model: Model, tokens: jax.Array, slots: jax.Array | None, streams: int):
     """Cache and last logits after decoding every token, from an empty cache."""
-    table = identity_table(*tokens.shape, 4)
+    B, T = tokens.shape
+    table = identity_table(B, T, 4)
     cache = KVCache.zeros(model.config, table.pages.size, 4, jnp.float32)
     logits = jnp.zeros(())
-    for t in range(tokens.shape[1]):
+    for t in range(T):
         logits, cache = decode_step(model, cache, table.advanced(t), tokens[:, t], slots, streams)
     return cache, logits
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxcodec.models.cache import KVCache, identity_table
 from jaxcodec.models.lora import linear_shapes, set_adapter
@@ -33,7 +34,8 @@ def test_codebook_linears_split_like_dense_ones(config, key: jax.Array, random_t
     model = init_model(config, key, specs=tuple(sorted(specs)))
     tokens, counts = random_tokens((2, 6)), jnp.array([6, 6])
     sharded = shard_model(model, make_mesh(2))
-    codes = sharded.weights["layers"][0]["self_attn"]["q_proj"]["codes"].get_value()
+    variables = dict(nnx.to_flat_state(sharded.weights))
+    codes = variables["layers", 0, "self_attn", "q_proj", "codes"].get_value()
     assert codes.sharding.shard_shape(codes.shape)[2] == codes.shape[2] // 2
     np.testing.assert_allclose(
         forward(sharded, tokens, counts), forward(model, tokens, counts), atol=2e-4

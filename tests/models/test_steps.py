@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from jaxcodec.models.cache import KVCache, identity_table
 from jaxcodec.models.lora import ALL_TARGETS, set_adapter
@@ -90,7 +91,8 @@ def test_no_position_sees_a_later_one(base: Model) -> None:
         changed = Model(base.config, weights)
         return forward(changed, jnp.arange(10)[None, :], jnp.array([10]))[0, 4].sum()
 
-    gradient = jax.grad(logits_at_4)(base.weights["embed_tokens"]["weight"].get_value())
+    embedding = dict(nnx.to_flat_state(base.weights))["embed_tokens", "weight"].get_value()
+    gradient = jax.grad(logits_at_4)(embedding)
     moved = jnp.abs(gradient[:10]).sum(axis=1) > 0
     np.testing.assert_array_equal(moved, [True] * 5 + [False] * 5)
 

@@ -33,10 +33,14 @@ ONE_SHAPE = Buckets(rows=(8,), tokens=(32,), pages=(16,))
 class ByteTokenizer:
     """Token b is byte b; byte 0 ends a text."""
 
+    eos_id = 0
     eos_ids = (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_completion(self, text: str) -> list[int]:
+        return self.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(t for t in tokens if t).decode(errors="replace")

@@ -1,9 +1,11 @@
 """Text comes in whole characters, and ends before a stop text, wherever tokens are cut."""
 
 import random
+from pathlib import Path
 
 import pytest
 
+from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.serve.detokenizer import TextStream
 
 TEXT = "Grüße, 世界! 👩‍🚀 ends here. tail"
@@ -70,3 +72,9 @@ def test_streams_equal_the_plain_search(seed: int, tokenizer) -> None:
     found = pieces(stream, tokens)
     assert "".join(found) == stream.text == expected
     assert stream.stopped == stopped
+
+
+def test_pieces_of_a_byte_level_bpe_are_the_text() -> None:
+    tokenizer = PretrainedTokenizer(Path(__file__).parents[1] / "fixtures" / "tokenizer")
+    prompt, *tokens = tokenizer.encode(TEXT)
+    assert "".join(pieces(TextStream(tokenizer, [prompt]), tokens)) == TEXT

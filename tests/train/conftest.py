@@ -36,6 +36,7 @@ class ByteTokenizer:
     """Bytes of ASCII are ids; 0 ends a text."""
 
     eos_id = 0
+    eos_ids = (0,)
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("ascii"))

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from jaxcodec.train.data import (
-    PretrainedTokenizer,
     batches_in_order,
     read_examples,
     read_jsonl,
@@ -105,15 +104,3 @@ def test_the_digest_changes_with_content_and_length(write_lines, tokenizer):
     digests = {read_examples(path, tokenizer, n).digest() for n in (8, 9)}
     digests.add(read_examples(write_lines(PAIR, PAIR), tokenizer, 8).digest())
     assert len(digests) == 3
-
-
-def test_the_pretrained_tokenizer_ends_nothing_by_itself(request):
-    tokenizer = PretrainedTokenizer(request.config.rootpath / "tests/fixtures/tokenizer")
-    ids = [*tokenizer.encode("hello "), *tokenizer.encode_completion("world")]
-    assert tokenizer.eos_id not in ids[1:]
-    assert tokenizer.decode([*ids, tokenizer.eos_id]) == "hello world"
-
-
-def test_a_directory_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
-        PretrainedTokenizer(tmp_path)

@@ -4,7 +4,8 @@ import jax
 
 from jaxcodec.models.load import load_model
 from jaxcodec.models.lora import init_adapter
-from jaxcodec.train.data import PretrainedTokenizer, read_examples
+from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.train.data import read_examples
 from jaxcodec.train.evaluate import mean_loss
 from jaxcodec.train.loop import TrainOptions, train
 from jaxcodec.train.step import adapter_training

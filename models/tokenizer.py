@@ -1,0 +1,84 @@
+"""Text to token ids and back: what training and serving need, and that of a model directory."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def eos_id(self) -> int:
+        """The token that training puts at the end of a text."""
+        ...
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt or text, with what the model expects at its beginning."""
+        ...
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Tokens of what follows a prompt: nothing is put before them."""
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        ...
+
+
+class PretrainedTokenizer:
+    """The tokenizer of a Hugging Face model directory, read by transformers.
+
+    Attributes:
+      eos_id: its end-of-text token.
+      eos_ids: the same alone.
+    """
+
+    def __init__(self, directory: str | Path):
+        """Read it; nothing is downloaded.
+
+        Raises:
+          ValueError: there is none, it is damaged, or it names no end-of-text token.
+        """
+        try:
+            tokenizer = _auto_tokenizer().from_pretrained(str(directory), local_files_only=True)
+        # transformers and tokenizers answer a damaged file with whatever they ran into.
+        except Exception as error:
+            raise ValueError(f"{directory} holds no tokenizer that can be read: {error}") from error
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer in {directory} names no end-of-text token, without which no text "
+                "would end: set eos_token in tokenizer_config.json."
+            )
+        self._tokenizer = tokenizer
+        self.eos_id: int = tokenizer.eos_token_id
+        self.eos_ids: tuple[int, ...] = (self.eos_id,)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt or text, with a beginning-of-text token where the model has one."""
+        return self._tokenizer.encode(text)
+
+    def encode_completion(self, text: str) -> list[int]:
+        """Tokens of what follows a prompt."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of tokens, special ones left out."""
+        return self._tokenizer.decode(
+            list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def _auto_tokenizer() -> Any:
+    """transformers.AutoTokenizer: slow to import, and of no use to who brings tokens."""
+    # Else the import advises on stderr to install PyTorch, which tokenizers do not need.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer

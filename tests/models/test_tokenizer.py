@@ -1,0 +1,69 @@
+"""A tokenizer is read whole, or refused with a reason."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxcodec.models.tokenizer import PretrainedTokenizer
+
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "tokenizer"
+TEXT = "Grüße, 世界! The end."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PretrainedTokenizer:
+    return PretrainedTokenizer(TOKENIZER)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A directory whose tokenizer may be damaged."""
+    shutil.copytree(TOKENIZER, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_text_survives_the_tokens(tokenizer: PretrainedTokenizer) -> None:
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.eos_ids == (tokenizer.eos_id,) == (2,)
+
+
+def test_a_completion_goes_on_where_the_prompt_stops(tokenizer: PretrainedTokenizer) -> None:
+    tokens = [*tokenizer.encode("hello "), *tokenizer.encode_completion("world")]
+    assert tokenizer.eos_id not in tokens[1:]
+    assert tokenizer.decode([*tokens, tokenizer.eos_id]) == "hello world"
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
+        PretrainedTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "{}"])
+def test_a_damaged_tokenizer_is_refused(copy: Path, name: str, content: str) -> None:
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match="holds no tokenizer that can be read|end-of-text token"):
+        PretrainedTokenizer(copy)
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(copy: Path) -> None:
+    file = copy / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["eos_token"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="names no end-of-text token.*set eos_token"):
+        PretrainedTokenizer(copy)
+
+
+def test_reading_one_writes_nothing_to_the_terminal() -> None:
+    script = (
+        "import sys; from jaxcodec.models.tokenizer import PretrainedTokenizer; "
+        "PretrainedTokenizer(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", script, str(TOKENIZER)]
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
