@@ -78,6 +78,9 @@ class ModelConfig:
                 f"num_heads = {self.num_heads} is not a multiple of "
                 f"num_kv_heads = {self.num_kv_heads}."
             )
+        for token in (*self.eos_ids, *(() if self.bos_id is None else (self.bos_id,))):
+            if type(token) is not int or token < 0:
+                raise ValueError(f"bos and eos must be token ids, got {token!r}.")
         if len(self.windows) != self.num_layers:
             raise ValueError(
                 f"windows names {len(self.windows)} layers, the model has {self.num_layers}."
@@ -153,9 +156,11 @@ class ModelConfig:
         return hf | _windows_to_hf(self)
 
 
-def _required(hf: Mapping[str, Any], key: str) -> Any:
+def _required(hf: Mapping[str, Any], key: str) -> int:
     if hf.get(key) is None:
         raise ValueError(f"config.json lacks {key!r}, which {hf['model_type']} needs.")
+    if type(hf[key]) is not int or hf[key] < 1:
+        raise ValueError(f"config.json: {key} must be a whole number above 0, got {hf[key]!r}.")
     return hf[key]
 
 
@@ -177,6 +182,9 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, Llama3Rope | None]:
         return theta, None
     if kind != "llama3":
         raise ValueError(f"rope scaling {kind!r} is not supported; known are default and llama3.")
+    needed = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    if missing := [key for key in needed if key not in rope]:
+        raise ValueError(f"config.json: llama3 rope scaling lacks {', '.join(missing)}.")
     return theta, Llama3Rope(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],

@@ -65,6 +65,7 @@ def load_model(directory: str | Path, dtype: jnp.dtype | None = None) -> Model:
     if dtype is None:
         stored = tensors.get(_EMBEDDING)
         dtype = jnp.bfloat16 if stored is None else stored.dtype
+    _check_specs(config, specs)
     target = abstract_model(config, dtype, specs)
     variables = dict(nnx.to_flat_state(target.weights))
     names = {path: hf_name(path) for path in variables}
@@ -145,7 +146,23 @@ def _read_specs(hf: Mapping[str, Any]) -> Specs:
         raise ValueError(
             f"config.json has jaxcodec format {ours.get('format')!r}, this version reads {FORMAT}."
         )
-    return tuple(sorted((p, CodebookSpec.parse(s)) for p, s in ours["specs"].items()))
+    specs = ours.get("specs")
+    if not isinstance(specs, dict) or not all(isinstance(s, str) for s in specs.values()):
+        raise ValueError(f"config.json: jaxcodec specs must be texts by linear, got {specs!r}.")
+    return tuple(sorted((p, CodebookSpec.parse(s)) for p, s in specs.items()))
+
+
+def _check_specs(config: ModelConfig, specs: Specs) -> None:
+    dense = nnx.to_flat_state(abstract_model(config).weights)
+    linears = {
+        ".".join(map(str, path[:-1]))
+        for path, _ in dense
+        if path[0] == "layers" and path[-1] == "kernel"
+    }
+    if unknown := [path for path, _ in specs if path not in linears]:
+        raise ValueError(
+            f"config.json has specs for {', '.join(unknown)}, which are no linears of its blocks."
+        )
 
 
 def _without_derived(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:

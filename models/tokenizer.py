@@ -46,8 +46,13 @@ class PretrainedTokenizer:
         Raises:
           ValueError: there is none, it is damaged, or it names no end-of-text token.
         """
+        if not Path(directory).is_dir():
+            raise ValueError(f"There is no directory {directory} to read a tokenizer from.")
         try:
-            tokenizer = _auto_tokenizer().from_pretrained(str(directory), local_files_only=True)
+            # A tokenizer is data here: code that a directory brings along is never run.
+            tokenizer = _auto_tokenizer().from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
         # transformers and tokenizers answer a damaged file with whatever they ran into.
         except Exception as error:
             raise ValueError(f"{directory} holds no tokenizer that can be read: {error}") from error
@@ -61,12 +66,24 @@ class PretrainedTokenizer:
         self.eos_ids: tuple[int, ...] = (self.eos_id,)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt or text, with a beginning-of-text token where the model has one."""
-        return self._tokenizer.encode(text)
+        """Tokens of a prompt or text, with a beginning-of-text token where the model has one.
+
+        Raises:
+          ValueError: the text holds a lone surrogate, which no encoding of Unicode has.
+        """
+        return self._encode(text, special=True)
 
     def encode_completion(self, text: str) -> list[int]:
-        """Tokens of what follows a prompt."""
-        return self._tokenizer.encode(text, add_special_tokens=False)
+        """Tokens of what follows a prompt; raises as `encode`."""
+        return self._encode(text, special=False)
+
+    def _encode(self, text: str, special: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The text is not Unicode text: {error}.") from None
+        # Not verbose: whoever feeds a model checks the length against the model's own context.
+        return self._tokenizer.encode(text, add_special_tokens=special, verbose=False)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of tokens, special ones left out."""

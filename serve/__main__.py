@@ -64,6 +64,8 @@ def serve(options: Options) -> list[RequestOutput]:
       FileNotFoundError, ValueError: the prompts, a model, an adapter or the tokenizer cannot be
         read, or do not fit.
     """
+    if options.out.is_dir():  # before the work, not after it
+        raise ValueError(f"--out must be a file, {options.out} is a directory.")
     lines = read_requests(options.prompts, options.name)
     engine = make_engine(options)
     if options.warm_up:
@@ -167,10 +169,10 @@ def main() -> None:
     """Run the command line; the exit status is 1 if a request failed, 2 if none could be tried."""
     import tyro
 
-    options = tyro.cli(Options)
+    options = tyro.cli(Options, prog="python -m jaxcodec.serve")
     try:
         outputs = serve(options)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(int(any(output.finish_reason == "error" for output in outputs)))

@@ -43,8 +43,9 @@ def parse_request(line: str, default_model: str) -> Request:
     """
     try:
         content: Any = json.loads(line)
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # an escaped lone surrogate
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"not JSON of Unicode text: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
     if unknown := sorted(content.keys() - _KEYS):

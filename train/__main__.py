@@ -11,6 +11,7 @@ Every command runs the function of its name here, which scripts can import.
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -256,19 +257,22 @@ def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = Fa
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; bad input ends it with one sentence and status 1."""
     import tyro
 
-    tyro.extras.subcommand_cli_from_dict(
-        {
-            "pretrain": pretrain,
-            "icarus": icarus,
-            "prefill-share": prefill_share,
-            "conventional": conventional,
-            "evaluate": evaluate,
-        },
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    commands = {
+        "pretrain": pretrain,
+        "icarus": icarus,
+        "prefill-share": prefill_share,
+        "conventional": conventional,
+        "evaluate": evaluate,
+    }
+    try:
+        config = (tyro.conf.OmitArgPrefixes,)
+        prog = "python -m jaxcodec.train"
+        tyro.extras.subcommand_cli_from_dict(commands, prog=prog, config=config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit(f"jaxcodec.train: {error}")
 
 
 if __name__ == "__main__":

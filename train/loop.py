@@ -100,8 +100,8 @@ def train(
     """
     for which in (examples, eval_examples):
         _check_examples(objective, which)
-    claim_directory(directory, _manifest(objective, examples, options))
     schedule = make_schedule(options.learning_rate, options.warmup_steps, options.steps)
+    claim_directory(directory, _manifest(objective, examples, options))
     optimizer = make_optimizer(schedule, options.weight_decay, options.clip_norm)
     train_step = make_train_step(objective, optimizer, options.accumulate)
     state = init_state(objective, optimizer)

@@ -70,6 +70,9 @@ def test_llama3_scaling_keeps_short_waves_and_stretches_long_ones() -> None:
         ({"mlp_bias": True}, "mlp_bias"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"hidden_size": None}, "lacks 'hidden_size'"),
+        ({"hidden_size": "4096"}, "hidden_size must be a whole number above 0, got '4096'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, "),
+        ({"eos_token_id": "</s>"}, "must be token ids, got '</s>'"),
         ({"num_key_value_heads": 5}, "32.*5"),
     ],
 )

@@ -128,6 +128,12 @@ def test_a_spec_that_the_tensors_do_not_have_is_refused(
     edit_config(tmp_path, jaxcodec={"format": 1, "specs": specs})
     with pytest.raises(ValueError, match=r"gate_proj\.codes must be .* got"):
         load_model(tmp_path)
+    edit_config(tmp_path, jaxcodec={"format": 1, "specs": {"lm_head": "m1v4g32"}})
+    with pytest.raises(ValueError, match="specs for lm_head, which are no linears"):
+        load_model(tmp_path)
+    edit_config(tmp_path, jaxcodec={"format": 1, "specs": {"layers.0.mlp.gate_proj": 3}})
+    with pytest.raises(ValueError, match="specs must be texts"):
+        load_model(tmp_path)
     edit_config(tmp_path, jaxcodec={"format": 9, "specs": specs})
     with pytest.raises(ValueError, match="format 9, this version reads 1"):
         load_model(tmp_path)

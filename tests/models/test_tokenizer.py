@@ -37,6 +37,12 @@ def test_a_completion_goes_on_where_the_prompt_stops(tokenizer: PretrainedTokeni
     assert tokenizer.decode([*tokens, tokenizer.eos_id]) == "hello world"
 
 
+def test_a_lone_surrogate_is_refused(tokenizer: PretrainedTokenizer) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_completion):
+        with pytest.raises(ValueError, match="not Unicode text"):
+            encode("a \ud800 b")
+
+
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no tokenizer that can be read"):
         PretrainedTokenizer(tmp_path)
