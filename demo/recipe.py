@@ -48,6 +48,8 @@ from jaxcodec.train.ptq import quantize_model
 from jaxcodec.train.step import adapter_training, decode_module_training, full_training
 
 LAYERS = 6
+# A third of the base's text is exercises: agents learn to look things up from what it copies.
+EXERCISE_SHARE = 0.35
 # A story's longest turn is about 60 tokens; what goes on longer is wrong.
 MAX_NEW_TOKENS = 80
 
@@ -101,7 +103,7 @@ def make(work: Path, out: Path, recipe: Recipe) -> dict[str, Any]:
     """Run every stage that `work` does not hold yet; returns what recipe.json says."""
     corpus = work / "corpus"
     if not (corpus / "corpus.json").exists():
-        write_corpus(corpus)
+        write_corpus(corpus, exercise_share=EXERCISE_SHARE)
     write_tokenizer(corpus / "pretrain.jsonl", out / "base")
     tokenizer = PretrainedTokenizer(out / "base")
     report: dict[str, Any] = {
