@@ -140,8 +140,13 @@ def generate(
     is compared with it.
 
     Raises:
-      ValueError: an empty prompt, one beyond the model's context, or no base for prefill_share.
+      ValueError: nothing to do, an empty prompt, one beyond the model's context, or no base for
+        prefill_share.
     """
+    if not prompts or max_new_tokens < 1:
+        raise ValueError(
+            f"Expected prompts and at least one new token, got {len(prompts)} and {max_new_tokens}."
+        )
     longest = max(len(p) for p in prompts)
     if min(len(p) for p in prompts) == 0:
         raise ValueError("A prompt needs at least one token.")

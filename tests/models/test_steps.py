@@ -100,6 +100,9 @@ def test_no_position_sees_a_later_one(base: Model) -> None:
 def test_bad_arguments_are_refused(base: Model) -> None:
     with pytest.raises(ValueError, match="no adapter bank"):
         generate(base, [[1, 2]], 2, slots=[0])
+    for prompts, new in (([], 2), ([[1]], 0)):
+        with pytest.raises(ValueError, match="prompts and at least one new token"):
+            generate(base, prompts, new)
     with pytest.raises(ValueError, match="at least one token"):
         generate(base, [[1], []], 2)
     with pytest.raises(ValueError, match="exceed the context of 128"):

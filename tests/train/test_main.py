@@ -57,6 +57,16 @@ def test_an_icarus_adapter_goes_from_file_to_evaluation(
     assert json.loads(result.read_text())["examples"] == 16
 
 
+def test_bad_input_ends_the_command_with_one_sentence(base, tmp_path, monkeypatch):
+    data = tmp_path / "bad.jsonl"
+    data.write_text('{"prompt": "a"}\n')
+    arguments = f"icarus --model {base} --data {data} --out {tmp_path}/run --max-length 16"
+    monkeypatch.setattr(sys, "argv", ["jaxcodec.train", *arguments.split()])
+    with pytest.raises(SystemExit, match=r"jaxcodec\.train: .*bad\.jsonl, line 1 has the keys"):
+        main()
+    assert not (tmp_path / "run").exists()
+
+
 def test_prefill_share_leaves_a_model(base, pairs_file, tmp_path, capsys):
     prefill_share(PrefillShare(**run_options(pairs_file, tmp_path / "run", base=base)))
     model = tmp_path / "run/model"
