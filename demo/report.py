@@ -145,6 +145,8 @@ class DemoReport:
             for run in self.runs
         ]
         return {
+            "command": "python -m jaxcodec.demo "
+            f"--stories {self.runs[0].stories} --seed {self.seed}",
             "versions": {
                 "jaxcodec": jaxcodec.__version__,
                 "jax": jax.__version__,

@@ -23,7 +23,7 @@ from flax import nnx
 from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
 from jaxcodec.models.config import ModelConfig
-from jaxcodec.models.transformer import Model, Specs, abstract_model
+from jaxcodec.models.transformer import Model, Specs, abstract_model, linear_shapes
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
 
@@ -153,12 +153,7 @@ def _read_specs(hf: Mapping[str, Any]) -> Specs:
 
 
 def _check_specs(config: ModelConfig, specs: Specs) -> None:
-    dense = nnx.to_flat_state(abstract_model(config).weights)
-    linears = {
-        ".".join(map(str, path[:-1]))
-        for path, _ in dense
-        if path[0] == "layers" and path[-1] == "kernel"
-    }
+    linears = dict(linear_shapes(config)) if specs else {}
     if unknown := [path for path, _ in specs if path not in linears]:
         raise ValueError(
             f"config.json has specs for {', '.join(unknown)}, which are no linears of its blocks."

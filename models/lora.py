@@ -7,7 +7,6 @@ Letters: K input and N output features of a linear, R rank.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,7 +16,7 @@ from flax import nnx
 
 from jaxcodec.checkpoints.peft import LoraCheckpoint, read_adapter, write_adapter
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.transformer import Model, abstract_model
+from jaxcodec.models.transformer import Model, abstract_model, linear_shapes
 
 # k_proj and v_proj write the cache: an adapter on them cannot share it.
 CACHE_WRITERS = ("k_proj", "v_proj")
@@ -82,7 +81,7 @@ def init_adapter(
     if unknown := sorted(set(targets) - set(ALL_TARGETS)):
         raise ValueError(f"Unknown targets {unknown}; known are {', '.join(ALL_TARGETS)}.")
     weights = {}
-    for i, (path, (K, N)) in enumerate(linear_shapes(model)):
+    for i, (path, (K, N)) in enumerate(linear_shapes(model.config)):
         if path.rsplit(".", 1)[-1] in targets:
             a_kr = jax.random.uniform(
                 jax.random.fold_in(key, i), (K, rank), dtype, -(K**-0.5), K**-0.5
@@ -100,7 +99,7 @@ def load_adapter(directory: str | Path, model: Model) -> Adapter:
         or changes a linear that `model` does not have in that shape; it is named.
     """
     stored = read_adapter(directory)
-    shapes = dict(linear_shapes(model))
+    shapes = dict(linear_shapes(model.config))
     weights = {}
     for module, (a_rk, b_nr) in stored.weights.items():
         path = module.removeprefix("model.")
@@ -126,14 +125,6 @@ def save_adapter(directory: str | Path, adapter: Adapter, base_name: str | None 
         for path, (a, b) in adapter.weights.items()
     }
     write_adapter(directory, LoraCheckpoint(weights, adapter.rank, adapter.alpha, base_name))
-
-
-def linear_shapes(model: Model) -> Iterator[tuple[str, tuple[int, int]]]:
-    """(path, (K, N)) of every linear of the blocks, in order."""
-    dense = abstract_model(model.config)
-    for path, variable in nnx.to_flat_state(dense.weights):
-        if path[0] == "layers" and path[-1] == "kernel":
-            yield ".".join(map(str, path[:-1])), variable.get_value().shape
 
 
 def with_bank(model: Model, bank: AdapterBank | None) -> Model:
@@ -185,7 +176,7 @@ def _check_fits(model: Model, adapter: Adapter | None) -> AdapterBank:
         raise ValueError(f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}.")
     if missing := sorted(set(adapter.targets) - set(bank.targets)):
         raise ValueError(f"The adapter changes {missing}, the bank has room for {bank.targets}.")
-    known = {path for path, _ in linear_shapes(model)}
+    known = {path for path, _ in linear_shapes(model.config)}
     if unknown := sorted(set(adapter.weights) - known):
         raise ValueError(f"The adapter changes {unknown}, which the model does not have.")
     return bank

@@ -5,6 +5,7 @@ Letters: S streams, B rows, T tokens in this call, D hidden, V vocabulary.
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -161,6 +162,13 @@ def abstract_model(
     """The same with shapes and dtypes (`jax.ShapeDtypeStruct`) in place of arrays."""
     module = nnx.eval_shape(lambda: _build(config, specs, bank, dtype, jax.random.key(0)))
     return Model(config, nnx.state(module), specs, bank)
+
+
+def linear_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, int]]]:
+    """(path, (K, N)) of every linear of the blocks, in order."""
+    for path, variable in nnx.to_flat_state(abstract_model(config).weights):
+        if path[0] == "layers" and path[-1] == "kernel":
+            yield ".".join(map(str, path[:-1])), variable.get_value().shape
 
 
 def _build(

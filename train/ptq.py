@@ -11,8 +11,7 @@ import jax
 from flax import nnx
 
 from jaxcodec.models.layers import Codes
-from jaxcodec.models.lora import linear_shapes
-from jaxcodec.models.transformer import Model
+from jaxcodec.models.transformer import Model, linear_shapes
 from jaxcodec.quantize.kmeans import ITERATIONS, ROUNDS, quantize_kmeans, relative_error
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
@@ -71,7 +70,7 @@ def _names(model: Model, spec: CodebookSpec) -> list[str]:
     if model.specs:
         name, before = model.specs[0]
         raise ValueError(f"{name} is already quantized, as {before}; quantize the dense model.")
-    shapes = dict(linear_shapes(model))
+    shapes = dict(linear_shapes(model.config))
     for name, shape in shapes.items():
         try:
             spec.check_shape(*shape)

@@ -7,11 +7,11 @@ import pytest
 from flax import nnx
 
 from jaxcodec.models.cache import KVCache, identity_table
-from jaxcodec.models.lora import linear_shapes, set_adapter
+from jaxcodec.models.lora import set_adapter
 from jaxcodec.models.scheme import ICARUS
 from jaxcodec.models.sharding import make_mesh, shard_cache, shard_model
 from jaxcodec.models.steps import forward, prefill
-from jaxcodec.models.transformer import Model, init_model
+from jaxcodec.models.transformer import Model, init_model, linear_shapes
 from jaxcodec.spec import CodebookSpec
 
 
@@ -30,7 +30,7 @@ def test_dense_icarus_logits_do_not_depend_on_the_mesh(
 def test_codebook_linears_split_like_dense_ones(config, key: jax.Array, random_tokens) -> None:
     model = init_model(config, key)
     spec = CodebookSpec.parse("m1v4b4g32")
-    specs = tuple((path, spec) for path, _ in linear_shapes(model))
+    specs = tuple((path, spec) for path, _ in linear_shapes(model.config))
     model = init_model(config, key, specs=tuple(sorted(specs)))
     tokens, counts = random_tokens((2, 6)), jnp.array([6, 6])
     sharded = shard_model(model, make_mesh(2))

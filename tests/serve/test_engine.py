@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.lora import ALL_TARGETS, linear_shapes, set_adapter, with_bank
+from jaxcodec.models.lora import ALL_TARGETS, set_adapter, with_bank
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE
 from jaxcodec.models.steps import generate as plain_generate
-from jaxcodec.models.transformer import init_model
+from jaxcodec.models.transformer import init_model, linear_shapes
 from jaxcodec.serve.batch_loop import generate
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
@@ -339,7 +339,7 @@ def test_shared_pages_are_the_bases_bit_for_bit(make_engine) -> None:
 
 def test_a_quantized_base_serves_its_adapters(adapters, one_shape, base) -> None:
     spec = CodebookSpec.parse("m2v8g32")
-    first_layer = [path for path, _ in linear_shapes(base) if path.startswith("layers.0.")]
+    first_layer = [path for path, _ in linear_shapes(base.config) if path.startswith("layers.0.")]
     specs = tuple(sorted((path, spec) for path in first_layer))
     model = init_model(base.config, jax.random.key(7), specs=specs)
     engine = Engine(

@@ -13,9 +13,8 @@ from flax import nnx
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.load import load_model, save_model
-from jaxcodec.models.lora import linear_shapes
 from jaxcodec.models.steps import forward
-from jaxcodec.models.transformer import Model, init_model
+from jaxcodec.models.transformer import Model, init_model, linear_shapes
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, dequantize
 from jaxcodec.train.ptq import quantize_model
@@ -42,7 +41,7 @@ def state(model: Model) -> dict[str, jax.Array]:
 
 def test_all_linears_of_the_blocks_and_nothing_else_changes(dense: Model, quantized) -> None:
     model, _ = quantized
-    names = [name for name, _ in linear_shapes(dense)]
+    names = [name for name, _ in linear_shapes(dense.config)]
     assert [name for name, _ in model.specs] == sorted(names)
     before, after = state(dense), state(model)
     linear = {f"{name}.{field}" for name in names for field in ("codes", "codebooks", "scales")}
@@ -54,7 +53,7 @@ def test_all_linears_of_the_blocks_and_nothing_else_changes(dense: Model, quanti
 def test_the_model_computes_with_what_its_codes_stand_for(dense: Model, quantized) -> None:
     model, _ = quantized
     flat, before = state(model), dict(nnx.to_flat_state(dense.weights))
-    for name, _ in linear_shapes(dense):
+    for name, _ in linear_shapes(dense.config):
         w = CodebookTensor(*(flat[f"{name}.{f}"] for f in ("codes", "codebooks", "scales")))
         path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
         before[*path, "kernel"] = nnx.Param(dequantize(w))
@@ -67,7 +66,7 @@ def test_the_model_computes_with_what_its_codes_stand_for(dense: Model, quantize
 
 def test_the_report_counts_every_bit(dense: Model, quantized) -> None:
     model, report = quantized
-    shapes = dict(linear_shapes(dense))
+    shapes = dict(linear_shapes(dense.config))
     assert [linear.name for linear in report.linears] == list(shapes)
     sizes = {name: value.nbytes for name, value in state(model).items()}
     assert report.nbytes == sum(sizes.values()) == model.nbytes
