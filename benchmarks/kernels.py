@@ -1,10 +1,14 @@
-"""Time the kernels that multiply few rows by a codebook weight, on one GPU.
+"""Time the multiplication by codebook weights, with its rivals in the same run, on one GPU.
 
-    python -m benchmarks.kernels            # from the repository's root; under three minutes
+    python -m benchmarks.kernels                  # from the repository's root; under 9 minutes
+    python -m benchmarks.kernels --decode-step    # a whole decode step of Llama-3.1-8B as well
 
-Kernel time of everything that a call launches, by CUPTI, the median of 5 runs over distinct copies
-of the weight that together exceed the L2 cache. Every result is compared with float64 on sampled
-columns and with the float32 reference on all. A measurement that fails leaves its error in its row.
+Kernel time of everything that a call launches, by CUPTI, over distinct copies of the weight that
+together exceed the L2 cache; the median of 5 runs. The time is that of the result in x's dtype.
+The relative error is that of the float32 result, before it is rounded: rounding to bf16 alone
+makes 1.7e-3, of a dense product too. It is taken against float64 on sampled rows and columns, and
+against the float32 reference on sampled rows and all columns. A rival's error is that of its
+float16 result. A measurement that fails leaves its error in its row.
 
 Letters: M rows, K input and N output features.
 """
@@ -12,276 +16,141 @@ Letters: M rows, K input and N output features.
 import argparse
 import dataclasses
 import datetime
-import functools
-import importlib.util
+import itertools
 import json
 import pathlib
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 from jax.extend import backend
 
-from jaxcodec.pallas_kernels import psumbook_mosaic
-from jaxcodec.pallas_kernels.psumbook import choose, codebook_matmul, reference
-from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B
-from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
-
-SPECS = ("m1v4g128", "m2v8g128")
-SHAPES = (
-    LLAMA_8B["llama_8b_q_o"],
-    LLAMA_8B["llama_8b_gate_up"],
-    LLAMA_8B["llama_8b_down"],
-    LLAMA_70B["llama_70b_gate_up"],
+from benchmarks import decode_step, plan, rivals
+from benchmarks.cases import (
+    Case,
+    CaseKey,
+    Item,
+    device_rows,
+    implementation,
+    kernel_time,
+    make_case,
+    relative,
 )
-ROWS = (1, 2, 4)
-FOOTPRINT = 300e6  # bytes of weights in rotation: six times the 50 MB L2 of an H100
-MAX_COPIES = 48
-RUNS = 5
-# The reference writes gigabytes for each call, so that two copies leave nothing in the L2 either.
-REFERENCE_COPIES = 2
-# Columns compared with float64: those at both ends, where tiles end, and some in between.
-EDGE_COLUMNS, RANDOM_COLUMNS = 128, 256
-# Rounding the result to bf16 alone makes a relative error of 1.7e-3; a wrong sum makes far more.
-WRONG = 1e-2
-COLUMNS = ("psumbook_mosaic", "codebook_matmul", "dense_bf16", "reference")
-RIVALS = ("official_codegemm", "aqlm_2x8")
+from benchmarks.compiling import Compiler, timed
+from benchmarks.tables import report
 
-Call = Callable[..., jax.Array]
+SECONDS = 480  # start no measurement later than this
+WRONG = 1e-2  # relative errors above this are no rounding
+WARM_UP_N = 1024
+CHUNK = 24  # measurements that are compiled together, and then made with nothing else running
+BANDWIDTH_BYTES, BANDWIDTH_COPIES = 2**30, 4
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One weight shape in one format: operands in rotation and the answers for the first of them.
+class Benchmark:
+    """Measures items one after another; weights stay on the device for later items."""
 
-    Attributes:
-      spec: `m2v8g128`, or `bf16` for a dense weight.
-      operands: (x bf16 [max(ROWS), K], weight [K, N]) for each copy.
-      columns: indices of the columns that are compared with float64.
-      sampled: float64 [max(ROWS), len(columns)].
-      whole: float32 [max(ROWS), N].
-    """
+    def __init__(self):
+        self._compiler = Compiler()
+        self._cases: dict[CaseKey, Case] = {}
+        self._compile_seconds: dict[Item, float] = {}
 
-    spec: str
-    K: int
-    N: int
-    operands: list[tuple[jax.Array, Any]]
-    columns: np.ndarray
-    sampled: np.ndarray
-    whole: jax.Array
+    def time_compiles(self, items: Sequence[Item]) -> None:
+        """Compile and run once, with nothing else running, to tell the time that it takes."""
+        self._compiler.compile_cases(item.case for item in items)
+        for item in items:
+            try:
+                x, case = device_rows(item.M, item.K, item.x), self._case(item.case)
+                timed(dataclasses.replace(item, Ns=(WARM_UP_N,)))  # imports, and whatever is kept
+                start = time.perf_counter()
+                jax.block_until_ready(timed(item)(x, case.copies[0]))
+                self._compile_seconds[item] = round(time.perf_counter() - start, 2)
+            except Exception as error:  # the same error will stand in the item's row
+                print(f"{item}: {type(error).__name__}: {str(error)[:300]}", flush=True)
 
-    def errors(self, y: jax.Array) -> tuple[float, float]:
-        """Relative errors of y [M, N] in the Frobenius norm: sampled columns, all columns."""
-        M = y.shape[0]
-        return (
-            _relative(np.asarray(y, np.float64)[:, self.columns], self.sampled[:M]),
-            _relative(np.asarray(y, np.float32), np.asarray(self.whole[:M])),
-        )
+    def rows(self, items: Sequence[Item], deadline: float) -> Iterator[dict[str, Any]]:
+        """One flat row for each item until the deadline, by `time.perf_counter`."""
+        for chunk in itertools.batched(items, CHUNK):
+            if time.perf_counter() > deadline:
+                return
+            start = time.perf_counter()
+            self._compiler.compile(chunk)
+            seconds = time.perf_counter() - start
+            print(f"# {len(chunk)} measurements compiled in {seconds:.1f} s", flush=True)
+            for item in chunk:
+                if time.perf_counter() > deadline:
+                    return
+                yield self.row(item)
 
+    def close(self) -> None:
+        """End the threads that compile, and free the weights."""
+        self._compiler.close()
+        self._cases.clear()
 
-def _relative(actual: np.ndarray, wanted: np.ndarray) -> float:
-    return float(np.linalg.norm(actual - wanted) / np.linalg.norm(wanted))
+    def row(self, item: Item) -> dict[str, Any]:
+        """The row of an item that is compiled; a failure has `error` and no `us`."""
+        fields = {name: getattr(item, name) for name in ("kernel", "spec", "M", "K", "N", "x")}
+        if len(item.Ns) > 1:
+            fields["Ns"] = list(item.Ns)
+        row = fields | {"us": None, "rel_err": None}
+        start = time.perf_counter()
+        try:
+            measured = self._rival(item) if item.kernel in rivals.MODULES else self._ours(item)
+            wrong = max(measured["rel_err"], measured.get("rel_err_all_columns", 0.0))
+            if not wrong <= WRONG:  # NaN included
+                us = measured.pop("us")
+                measured["error"] = f"Wrong: took {us:.2f} us, relative error {wrong:.1e}."
+            row |= {name: _short(value) for name, value in measured.items()}
+        except Exception as error:  # the other measurements go on
+            row["error"] = f"{type(error).__name__}: {str(error)[:500]}"
+        if item in self._compile_seconds:
+            row["compile_seconds"] = self._compile_seconds[item]
+        return row | {"seconds": round(time.perf_counter() - start, 2)}
 
+    def _ours(self, item: Item) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if item.kernel.startswith("codebook_matmul"):
+            fields["implementation"] = implementation(item)
+        program, judge = (self._compiler.take(kind, item) for kind in ("timed", "judge"))
+        case = self._case(item.case)
+        x = device_rows(item.M, item.K, item.x)
+        calls = [lambda weights=weights: program(x, weights) for weights in case.copies]
+        us, launches = kernel_time(calls, jax.block_until_ready)
+        whole, y = judge(x, case.copies[0], case.whole)
+        sampled = np.asarray(y, np.float64)[:, case.columns]
+        error = relative(sampled, case.sampled[: len(sampled)])
+        fields |= {"us": us, "rel_err": error, "rel_err_all_columns": float(whole)}
+        return fields | {"launches": launches}
 
-def codebook_case(text: str, K: int, N: int) -> Case:
-    """Random codebook weights of one format and shape."""
-    spec = CodebookSpec.parse(text)
-    size = spec.bits_per_weight(K, N) / 8 * K * N
-    make = jax.jit(lambda key: random_codebook_tensor(key, spec, K, N))
-    multiply = jax.jit(lambda x, w: reference(x.astype(jnp.float32), w))
-    return _case(text, K, N, size, make, multiply, _float64_columns)
+    def _rival(self, item: Item) -> dict[str, Any]:
+        own_weights = item.kernel in rivals.AQLM_CODEBOOKS
+        return rivals.measure(None if own_weights else self._case(item.case), item)
 
-
-def dense_case(K: int, N: int) -> Case:
-    """Random bf16 weights of one shape."""
-    make = jax.jit(lambda key: jax.random.normal(key, (K, N), jnp.bfloat16) / K**0.5)
-    multiply = jax.jit(
-        lambda x, w: jnp.dot(x.astype(jnp.float32), w.astype(jnp.float32), precision="highest")
-    )
-    float64 = lambda w, columns: np.asarray(w[:, columns], np.float64)
-    return _case("bf16", K, N, 2 * K * N, make, multiply, float64)
-
-
-def _case(spec, K, N, size, make, multiply, float64) -> Case:
-    copies = int(np.clip(np.ceil(FOOTPRINT / size), 2, MAX_COPIES))
-    x = jax.random.normal(jax.random.key(0), (copies, max(ROWS), K), jnp.bfloat16)
-    operands = [(x[i], make(jax.random.key(i + 1))) for i in range(copies)]
-    edges = np.r_[:EDGE_COLUMNS, N - EDGE_COLUMNS : N]
-    columns = np.r_[edges, np.random.default_rng(0).integers(0, N, RANDOM_COLUMNS)]
-    first_x, first_w = operands[0]
-    sampled = np.asarray(first_x, np.float64) @ float64(first_w, columns)
-    return Case(spec, K, N, operands, columns, sampled, multiply(first_x, first_w))
-
-
-def _float64_columns(w: CodebookTensor, columns: np.ndarray) -> np.ndarray:
-    """Columns of the dequantized weight, [K, len(columns)], from the definition, in numpy."""
-    codes = np.asarray(w.codes[:, :, columns])
-    books, scales = np.asarray(w.codebooks, np.float64), np.asarray(w.scales, np.float64)
-    m, _, v = books.shape
-    shifts = (8 * np.arange(4, dtype=np.uint32))[:, None]
-    fields = (codes[:, :, None, :] >> shifts & np.uint32(255)).reshape(m, -1, len(columns))
-    vectors_jnv = np.sum([books[c][fields[c]] for c in range(m)], axis=0)
-    weight = vectors_jnv.transpose(0, 2, 1).reshape(-1, len(columns))
-    return weight * np.repeat(scales[:, columns], w.shape[0] // scales.shape[0], axis=0)
-
-
-def kernel_time(call: Call, operands: Sequence[tuple]) -> tuple[float, float, jax.Array]:
-    """Microseconds and launches of one call, over all operands in turn, and the first result."""
-
-    def rotate(operands):
-        results = []
-        for x, w in operands:
-            if results:
-                # Without an order XLA would merge work of different copies into one kernel.
-                x, _ = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(call(x, w))
-        return results
-
-    measured = profiler.measure(jax.jit(rotate), aggregate=False, iterations=RUNS)
-    results, runs = measured(operands)
-    if not runs:
-        raise RuntimeError("CUPTI saw no kernel.")
-    milliseconds = statistics.median(sum(ms for _, ms in run) for run in runs)
-    calls = len(operands)
-    return 1e3 * milliseconds / calls, len(runs[0]) / calls, results[0]
+    def _case(self, key: CaseKey) -> Case:
+        if key not in self._cases:
+            self._cases[key] = make_case(key, *self._compiler.take("case", key))
+        return self._cases[key]
 
 
-def official_codegemm(case: Case, M: int) -> tuple[float, float, jax.Array]:
-    """The CUDA kernel of CodeGEMM (module `codegemm_kernel`, built by the user); M = 1 only."""
-    import codegemm_kernel  # pyrefly: ignore[missing-import]
-    import torch  # pyrefly: ignore[missing-import]
-
-    if M != 1:
-        raise NotImplementedError("Its gather kernel takes one row.")
-    g = CodebookSpec.parse(case.spec).group_size
-    copies = []
-    for x, w in case.operands:
-        codes = jax.lax.bitcast_convert_type(w.codes, jnp.int32)
-        halves = [a.astype(jnp.float16) for a in (x[:1][None], w.scales, w.codebooks)]
-        tensors = [torch.from_dlpack(a).clone() for a in (codes, *halves)]
-        output = torch.zeros((1, 1, case.N), dtype=torch.half, device="cuda")
-        copies.append((*tensors, output))
-
-    def call(codes, x, scales, codebooks, output):
-        output.zero_()
-        codegemm_kernel.codegemm_gemv(x, output, codes, scales, codebooks, g)
-
-    us = _graph_time([functools.partial(call, *copy) for copy in copies])
-    return us, 2.0, jnp.asarray(copies[0][-1][0].cpu().numpy())
+def _short(value: Any) -> Any:
+    """A number of four digits; anything else as it is."""
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def aqlm_2x8(case: Case, M: int) -> tuple[float, float, jax.Array]:
-    """AQLM's 2x8 CUDA kernel (package `aqlm`) on codes of the same shape, one scale a column."""
-    import torch  # pyrefly: ignore[missing-import]
-    from aqlm.inference_kernels import (  # pyrefly: ignore[missing-import]
-        get_forward_pass_kernel,
-    )
-
-    K, N = case.K, case.N
-    draw = lambda *shape: torch.randn(shape, dtype=torch.half, device="cuda") / K**0.5
-    calls = []
-    for _ in case.operands:
-        codes = torch.randint(-128, 128, (N, K // 8, 2), dtype=torch.int8, device="cuda")
-        codebooks, scales = draw(2, 256, 1, 8), torch.ones_like(draw(N, 1, 1, 1))
-        kernel = get_forward_pass_kernel(codebooks, False)
-        x = torch.randn((M, K), dtype=torch.half, device="cuda")
-        calls.append(functools.partial(kernel, x, codes, codebooks, scales, None))
-    us = _graph_time(calls)
-    # Its own random weights, which are compared with this module's dequantization right here.
-    books = codebooks[:, :, 0].double()
-    first, second = (books[c][codes[:, :, c].long() & 255] for c in range(2))
-    weight = (first + second).reshape(N, K)
-    wanted, actual = x.double() @ weight.T, calls[-1]().double()
-    error = float((actual - wanted).norm() / wanted.norm())
-    if error > WRONG:
-        raise ArithmeticError(f"Its relative error is {error:.1e}.")
-    return us, float("nan"), case.whole[:M]
-
-
-def _graph_time(calls: Sequence[Callable[[], Any]]) -> float:
-    """Microseconds of one call, in replays of a CUDA graph of all of them."""
-    import torch  # pyrefly: ignore[missing-import]
-
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(RUNS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / len(calls))
-    return statistics.median(times[1:])
-
-
-def measurements(specs: Sequence[str], shapes: Sequence[tuple[int, int]]):
-    """Yield (kernel, spec, M, K, N, thunk), the most wanted first within a shape.
-
-    A thunk returns microseconds, launches, y and the case that judges y.
-    """
-
-    def timed(call: Call, case: Callable[[], Case], M: int, copies: int | None = None):
-        operands = [(x[:M], w) for x, w in case().operands[:copies]]
-        return *kernel_time(call, operands), case()
-
-    def rival(function, case: Callable[[], Case], M: int):
-        return *function(case(), M), case()
-
-    for K, N in shapes:
-        for spec in specs:
-            case = functools.cache(functools.partial(codebook_case, spec, K, N))
-            kernels = {
-                "psumbook_mosaic": psumbook_mosaic.matmul,
-                "codebook_matmul": codebook_matmul,
-            }
-            for name, call in kernels.items():
-                for M in ROWS:
-                    yield name, spec, M, K, N, functools.partial(timed, call, case, M)
-            if importlib.util.find_spec("codegemm_kernel"):
-                run = functools.partial(rival, official_codegemm, case, 1)
-                yield "official_codegemm", spec, 1, K, N, run
-            if spec.startswith("m2v8") and importlib.util.find_spec("aqlm"):
-                yield "aqlm_2x8", spec, 1, K, N, functools.partial(rival, aqlm_2x8, case, 1)
-            slow = functools.partial(timed, reference, case, max(ROWS), REFERENCE_COPIES)
-            yield "reference", spec, max(ROWS), K, N, slow
-        dense = functools.cache(functools.partial(dense_case, K, N))
-        for M in ROWS:
-            yield "dense_bf16", "bf16", M, K, N, functools.partial(timed, jnp.dot, dense, M)
-
-
-def row(kernel: str, spec: str, M: int, K: int, N: int, thunk) -> dict[str, Any]:
-    """One flat row of the results; a failure is a row with `error` and no `us`."""
-    head = {"kernel": kernel, "spec": spec, "M": M, "K": K, "N": N, "us": None, "rel_err": None}
-    start = time.perf_counter()
-    try:
-        us, launches, y, case = thunk()
-        sampled, whole = case.errors(y)
-        head |= {"us": round(us, 2), "rel_err": sampled, "rel_err_all_columns": whole}
-        head |= {"launches": launches}
-        if kernel == "codebook_matmul":
-            head["implementation"] = choose(M, K, N, CodebookSpec.parse(spec), jnp.bfloat16)
-        if not max(sampled, whole) <= WRONG:  # NaN included
-            head |= {"us": None, "error": f"Wrong: took {us:.2f} us, relative error {whole:.1e}."}
-    except Exception as error:  # the other measurements go on
-        head["error"] = f"{type(error).__name__}: {str(error)[:500]}"
-    return head | {"seconds": round(time.perf_counter() - start, 2)}
+def read_bandwidth() -> float:
+    """Bytes a second at which one reduction reads memory: what the HBM floor is reckoned with."""
+    arrays = [jnp.full((BANDWIDTH_BYTES // 2,), i, jnp.bfloat16) for i in range(BANDWIDTH_COPIES)]
+    program = jax.jit(jnp.max).lower(arrays[0]).compile()
+    calls = [lambda array=array: program(array) for array in arrays]
+    us, _ = kernel_time(calls, jax.block_until_ready)
+    return 1e6 * BANDWIDTH_BYTES / us
 
 
 def head() -> dict[str, Any]:
@@ -299,57 +168,80 @@ def head() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
         "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
+        "hbm_bytes_per_second": round(read_bandwidth()),
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Microseconds, a line for each format, shape and M; dense stands beside every format."""
-    cells = {(r["kernel"], r["spec"], r["M"], r["K"], r["N"]): r for r in rows}
-    names = [*COLUMNS, *(name for name in RIVALS if any(r["kernel"] == name for r in rows))]
-    lines = [f"{'us':<10}{'K x N':>13}{'M':>3}" + "".join(f"{name:>19}" for name in names)]
-    for spec, M, K, N in dict.fromkeys(key[1:] for key in cells if key[1] != "bf16"):
-        line = f"{spec:<10}{f'{K}x{N}':>13}{M:>3}"
-        for name in names:
-            cell = cells.get((name, "bf16" if name == "dense_bf16" else spec, M, K, N))
-            us = cell and cell["us"]
-            text = "" if cell is None else "error" if us is None else f"{us:.1f}"
-            line += f"{text:>19}"
-        lines.append(line)
-    errors = [r for r in rows if "error" in r]
-    lines += [f"{r['kernel']} {r['spec']} {r['M']} {r['K']}x{r['N']}: {r['error']}" for r in errors]
-    return "\n".join(lines)
+class Results:
+    """The head and the rows measured so far, kept in a JSON file as they come."""
+
+    def __init__(self, out: pathlib.Path, about: dict[str, Any]):
+        self.about, self.rows, self._out = about, [], out
+        out.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write one more row."""
+        self.rows.append(row)
+        self.write()
+
+    def write(self) -> None:
+        """The head, one field a line, and one row a line."""
+        fields = "".join(f'"{name}": {json.dumps(value)},\n' for name, value in self.about.items())
+        body = ",\n".join(json.dumps(row) for row in self.rows)
+        self._out.write_text(f'{{{fields}"rows": [\n{body}\n]}}\n')
 
 
-def shape(text: str) -> tuple[int, int]:
-    """Read `4096x14336` as (K, N)."""
-    K, N = text.split("x")
-    return int(K), int(N)
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, help="default: results/<device>/kernels.json")
+    parser.add_argument("--kernels", nargs="+", help="only these kernels, as the rows name them")
+    parser.add_argument("--specs", nargs="+", help="only these formats, such as m2v8g128 and bf16")
+    parser.add_argument("--rows", nargs="+", type=int, help="only these M")
+    parser.add_argument("--shapes", nargs="+", help="only these K x N, such as 4096x14336")
+    parser.add_argument("--decode-step", action="store_true", help="time a decode step as well")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="start no measurement later than this"
+    )
+    return parser.parse_args()
+
+
+def wanted(item: Item, options: argparse.Namespace) -> bool:
+    """Whether the command line asks for an item."""
+    allowed = (
+        (options.kernels, item.kernel),
+        (options.specs, item.spec),
+        (options.rows, item.M),
+        (options.shapes, f"{item.K}x{item.N}"),
+    )
+    return all(chosen is None or value in chosen for chosen, value in allowed)
 
 
 def main() -> None:
-    """Measure everything, write the rows as they come, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, help="default: results/<device>/kernels.json")
-    parser.add_argument("--specs", nargs="+", default=SPECS, help="formats, such as m2v8g128")
-    parser.add_argument(
-        "--shapes", nargs="+", type=shape, default=SHAPES, help="weights, such as 4096x14336"
-    )
-    parser.add_argument("--seconds", type=float, default=170, help="start nothing later than this")
-    arguments = parser.parse_args()
-    about, rows, start = head(), [], time.perf_counter()
+    """Measure everything, write the rows as they come, and print the tables."""
+    start, options = time.perf_counter(), arguments()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
+    about = head()
     device = re.search(r"[A-Z]+\d+\w*", about["device"])
     folder = (device.group() if device else about["device"]).lower()
-    out = arguments.out or pathlib.Path(__file__).parent / "results" / folder / "kernels.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for kernel, spec, M, K, N, thunk in measurements(arguments.specs, arguments.shapes):
-        if time.perf_counter() - start > arguments.seconds:
-            print(f"Stopped after {arguments.seconds:.0f} s; --seconds allows more.")
-            break
-        rows.append(row(kernel, spec, M, K, N, thunk))
-        print(json.dumps(rows[-1]), flush=True)
-        body = ",\n".join(json.dumps(r) for r in rows)
-        out.write_text(f'{json.dumps(about)[:-1]},\n"rows": [\n{body}\n]}}\n')
-    print(table(rows))
+    default = pathlib.Path(__file__).parent / "results" / folder / "kernels.json"
+    results = Results(options.out or default, about)
+    items = [item for item in plan.items() if wanted(item, options)]
+    benchmark = Benchmark()
+    benchmark.time_compiles([item for item in plan.compiled_alone() if item in items])
+    for row in benchmark.rows(items, start + options.seconds):
+        results.add(row)
+        print(json.dumps(row), flush=True)
+    benchmark.close()
+    if options.decode_step:
+        steps = results.about["decode_steps"] = []
+        for step in decode_step.measure():
+            steps.append(step)
+            results.write()
+            print(json.dumps(step), flush=True)
+    print(report(results.about, results.rows))
+    if late := len(items) - len(results.rows):
+        print(f"{late} of {len(items)} not measured in {options.seconds:.0f} s; see --seconds.")
 
 
 if __name__ == "__main__":

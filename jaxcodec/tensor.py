@@ -7,6 +7,7 @@ features. Source: AQLM (arXiv 2401.06118) section 3; CodeGEMM (arXiv 2512.17970)
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,12 +123,51 @@ def dequantize(w: CodebookTensor, dtype: jnp.dtype | None = None) -> jax.Array:
     with jax.named_scope("dequantize"):
         codes_mjn = unpack_codes(w.codes, spec.bits)
         books_mcv = w.codebooks.astype(jnp.float32)
-        vectors_jnv = books_mcv[0][codes_mjn[0]]
+        vectors_jnv = _look_up(books_mcv[0], codes_mjn[0])
         for c in range(1, spec.num_codebooks):
-            vectors_jnv += books_mcv[c][codes_mjn[c]]
+            vectors_jnv += _look_up(books_mcv[c], codes_mjn[c])
         unscaled_kn = vectors_jnv.transpose(0, 2, 1).reshape(-1, spec.group_size, N)
         scaled = unscaled_kn * w.scales.astype(jnp.float32)[:, None, :]
         return scaled.reshape(K, N).astype(w.dtype if dtype is None else dtype)
+
+
+@jax.custom_vjp
+def _look_up(book_cv: jax.Array, codes_jn: jax.Array) -> jax.Array:
+    """Vectors [J, N, v] of the codes, whose gradient has the same bits every time."""
+    return book_cv[codes_jn]
+
+
+def _look_up_forward(book_cv: jax.Array, codes_jn: jax.Array):
+    return book_cv[codes_jn], (codes_jn, book_cv.shape[0])
+
+
+def _look_up_backward(residuals: tuple[jax.Array, int], dvectors_jnv: jax.Array):
+    codes_jn, size = residuals
+    v = dvectors_jnv.shape[-1]
+    dbook_cv = jax.lax.platform_dependent(
+        codes_jn.reshape(-1),
+        dvectors_jnv.reshape(-1, v),
+        cuda=functools.partial(_sum_sorted, size=size),
+        default=functools.partial(_sum_in_order, size=size),
+    )
+    return dbook_cv, np.zeros(codes_jn.shape, jax.dtypes.float0)
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _sum_in_order(codes: jax.Array, vectors: jax.Array, *, size: int) -> jax.Array:
+    """Sums [size, v] of the vectors of each code."""
+    return jnp.zeros((size, vectors.shape[-1]), vectors.dtype).at[codes].add(vectors)
+
+
+def _sum_sorted(codes: jax.Array, vectors: jax.Array, *, size: int) -> jax.Array:
+    """The same without the atomics of a scatter on a GPU, which add in any order."""
+    order = jnp.argsort(codes, stable=True)
+    sums = jnp.cumsum(vectors[order], axis=0)
+    ends = jnp.searchsorted(codes[order], jnp.arange(size, dtype=codes.dtype), side="right")
+    at_ends = jnp.where((ends > 0)[:, None], sums[ends - 1], 0)
+    return jnp.diff(at_ends, axis=0, prepend=0)
 
 
 def random_codebook_tensor(

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxcodec.models.cache import KVCache, PageTable
 from jaxcodec.models.config import ModelConfig, rope_frequencies
-from jaxcodec.models.layers import Linear, LinearFactory, RMSNorm
+from jaxcodec.models.layers import LinearFactory, RMSNorm, products
 
 
 class Attention(nnx.Module):
@@ -48,9 +48,14 @@ class Attention(nnx.Module):
         S = x_sbtd.shape[0]
         position = table.length[:, None] + jnp.arange(x_sbtd.shape[2])[None, :]
         encoder_slots = slots if S == 1 else None
-        q = self._heads(self.q_proj, "q_norm", x_sbtd, slots)
-        k = self._heads(self.k_proj, "k_norm", x_sbtd[:1], encoder_slots)
-        v = self._heads(self.v_proj, None, x_sbtd[:1], encoder_slots)[0]
+        if S == 1:
+            q, k, v = products([self.q_proj, self.k_proj, self.v_proj], x_sbtd)
+        else:  # the decoder's row has no keys and values
+            (q,) = products([self.q_proj], x_sbtd)
+            k, v = products([self.k_proj, self.v_proj], x_sbtd[:1])
+        q = self._heads(self.q_proj.adapt(q, x_sbtd, slots), "q_norm")
+        k = self._heads(self.k_proj.adapt(k, x_sbtd[:1], encoder_slots), "k_norm")
+        v = self._heads(self.v_proj.adapt(v, x_sbtd[:1], encoder_slots), None)[0]
         q, k = rotate(q, position, self.config), rotate(k, position, self.config)[0]
         if S == 2:  # the encoder is frozen: in training no gradient passes through its cache
             k, v = jax.lax.stop_gradient((k, v))
@@ -60,10 +65,7 @@ class Attention(nnx.Module):
         out = attend(q, k_bcga, v_bcga, position, table.length + counts, window)
         return self.o_proj(out, slots), cache
 
-    def _heads(
-        self, projection: Linear, norm: str | None, x: jax.Array, slots: jax.Array | None
-    ) -> jax.Array:
-        y = projection(x, slots)
+    def _heads(self, y: jax.Array, norm: str | None) -> jax.Array:
         y = y.reshape(*y.shape[:-1], -1, self.config.head_dim)
         return getattr(self, norm)(y) if norm and self.config.qk_norm else y
 

@@ -5,14 +5,14 @@ V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxcodec.models.config import ModelConfig
-from jaxcodec.pallas_kernels.psumbook import codebook_matmul
+from jaxcodec.pallas_kernels.matmul import codebook_matmuls
 from jaxcodec.spec import WORD_BITS, CodebookSpec
 from jaxcodec.tensor import CodebookTensor
 
@@ -84,12 +84,11 @@ class Linear(nnx.Module):
 
     def __call__(self, x_sbtk: jax.Array, slots: jax.Array | None = None) -> jax.Array:
         """x [S, B, T, K] -> [S, B, T, N]; adapter `slots[b]` acts on the last stream of row b."""
-        if self.spec is None:
-            y = x_sbtk @ self.kernel[...].astype(x_sbtk.dtype)
-        else:
-            y = codebook_matmul(x_sbtk, self.codebook_tensor())
-        if self.has_bias:
-            y = y + _last_axis(self.bias[...], y)
+        (y,) = products([self], x_sbtk)
+        return self.adapt(y, x_sbtk, slots)
+
+    def adapt(self, y: jax.Array, x_sbtk: jax.Array, slots: jax.Array | None) -> jax.Array:
+        """Add to y [S, B, T, N] what adapter `slots[b]` makes of the last stream of x."""
         if slots is None or self.bank is None:
             return y
         with jax.named_scope("lora"):
@@ -104,6 +103,21 @@ class Linear(nnx.Module):
     def codebook_tensor(self) -> CodebookTensor:
         """The weight of a linear that has a spec."""
         return CodebookTensor(self.codes[...], self.codebooks[...], self.scales[...])
+
+
+def products(linears: Sequence[Linear], x_sbtk: jax.Array) -> list[jax.Array]:
+    """x [S, B, T, K] times the weight of each linear, plus its bias, without adapters.
+
+    Codebook weights of one format share a kernel launch.
+    """
+    biases = [linear.bias[...] if linear.has_bias else None for linear in linears]
+    if all(linear.spec is not None for linear in linears):
+        weights = [linear.codebook_tensor() for linear in linears]
+        return list(codebook_matmuls(x_sbtk, weights, biases))
+    if len(linears) > 1:
+        return [products([linear], x_sbtk)[0] for linear in linears]
+    y = x_sbtk @ linears[0].kernel[...].astype(x_sbtk.dtype)
+    return [y if biases[0] is None else y + _last_axis(biases[0], y)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +186,9 @@ class MLP(nnx.Module):
         self.down_proj = linear(f"{path}.down_proj", F, D)
 
     def __call__(self, x_sbtd: jax.Array, slots: jax.Array | None) -> jax.Array:
-        gate = jax.nn.silu(self.gate_proj(x_sbtd, slots))
-        return self.down_proj(gate * self.up_proj(x_sbtd, slots), slots)
+        gate, up = products([self.gate_proj, self.up_proj], x_sbtd)
+        gate = jax.nn.silu(self.gate_proj.adapt(gate, x_sbtd, slots))
+        return self.down_proj(gate * self.up_proj.adapt(up, x_sbtd, slots), slots)
 
 
 def _last_axis(vector: jax.Array, x: jax.Array) -> jax.Array:

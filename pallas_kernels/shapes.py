@@ -16,6 +16,15 @@ LLAMA_70B = {
     "llama_70b_gate_up": (8192, 28672),
     "llama_70b_down": (28672, 8192),
 }
+# Weights that share x, which one launch serves: K and the N of each.
+LLAMA_8B_TOGETHER = {
+    "llama_8b_qkv": (4096, (4096, 1024, 1024)),
+    "llama_8b_gate_up_together": (4096, (14336, 14336)),
+}
+LLAMA_70B_TOGETHER = {
+    "llama_70b_qkv": (8192, (8192, 1024, 1024)),
+    "llama_70b_gate_up_together": (8192, (28672, 28672)),
+}
 # A specification, K, N for each branch of the kernels, small enough to interpret.
 TINY = {
     "tiny_m1v4": ("m1v4g128", 256, 256),

@@ -9,7 +9,13 @@ import pytest
 from jax.test_util import check_grads
 
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor, dequantize, random_codebook_tensor
+from jaxcodec.tensor import (
+    CodebookTensor,
+    _sum_in_order,
+    _sum_sorted,
+    dequantize,
+    random_codebook_tensor,
+)
 
 SPECS = ["m1v4g32", "m2v8g128", "m3v2b2g64", "m4v16b4g16", "m1v4b16g8"]
 K, N = 128, 6
@@ -89,3 +95,10 @@ def test_arrays_that_form_no_tensor_are_refused_by_name(change, message: str) ->
     w = make("m2v8g128")
     with pytest.raises(ValueError, match=f"gate_proj: .*{message}"):
         dataclasses.replace(w, **change(w)).check("gate_proj")
+
+
+def test_both_ways_to_sum_a_gradient_agree() -> None:
+    codes = jax.random.randint(jax.random.key(0), (4096,), 0, 32) * 2  # half of them unused
+    vectors = jax.random.normal(jax.random.key(1), (4096, 8))
+    by_sort = _sum_sorted(codes, vectors, size=64)
+    np.testing.assert_allclose(by_sort, _sum_in_order(codes, vectors, size=64), atol=1e-4)

@@ -1,5 +1,6 @@
-"""The gather kernel itself: races, tiles, refusals, the same bits twice, lowering for CUDA."""
+"""The gather kernel itself: values, races, tiles, refusals, the same bits, lowering for CUDA."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,67 +8,137 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcodec.pallas_kernels import psumbook_mosaic
-from jaxcodec.pallas_kernels.psumbook import reference
-from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B, TINY
+from jaxcodec.pallas_kernels import psumbook_interpreted, psumbook_mosaic
+from jaxcodec.pallas_kernels.psumbook_mosaic import Tiling, candidates, refusal, tiling
+from jaxcodec.pallas_kernels.psumbook_plan import TABLE_BYTES, Plan
+from jaxcodec.pallas_kernels.reference import reference
+from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B, LLAMA_70B_TOGETHER
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import random_codebook_tensor
 
 INTERPRET = jax.default_backend() != "gpu"
-M2V8 = CodebookSpec.parse("m2v8g128")
+ONE = Tiling(warpgroups=1, columns=4, chunks=1, words=1, ahead=1, blocks=1)
+TWO_SPLITS = Tiling(warpgroups=2, columns=4, chunks=1, words=1, ahead=2, blocks=2)
+TWO_CHUNKS = Tiling(warpgroups=1, columns=2, chunks=2, words=1, ahead=3, blocks=3)
+TWO_WORDS = Tiling(warpgroups=2, columns=4, chunks=1, words=2, ahead=1, blocks=2)
+FEW_COPIES = Tiling(warpgroups=1, columns=4, chunks=1, words=1, copies=8, ahead=1, blocks=4)
+LEAST_COPIES = Tiling(warpgroups=1, columns=4, chunks=1, words=1, copies=4, ahead=1, blocks=4)
+IDLE_THREADS = Tiling(warpgroups=3, columns=1, chunks=1, words=1, copies=4, ahead=1, blocks=2)
+# (spec, M, K, N of each weight, tiles), between them every branch of the kernel.
+CASES = {
+    "one_block": ("m1v4g64", 1, 128, (512,), ONE),
+    "two_books": ("m2v8g128", 1, 256, (256,), TWO_SPLITS),
+    "rows": ("m1v4g64", 3, 128, (64,), TWO_SPLITS),
+    "a_tile_of_two_words": ("m1v4g64", 1, 128, (64,), TWO_WORDS),
+    "columns_of_several_blocks": ("m1v4g32", 1, 96, (600,), TWO_CHUNKS),
+    "uneven_splits": ("m1v8g32", 1, 224, (40,), TWO_CHUNKS),
+    "odd_columns": ("m1v4g64", 1, 128, (201,), TWO_SPLITS),
+    "one_column": ("m1v4g64", 1, 128, (1,), ONE),
+    "several_weights": ("m1v4g64", 2, 128, (520, 8, 64), TWO_SPLITS),
+    "small_groups": ("m3v4g16", 1, 64, (64,), FEW_COPIES),
+    "small_groups_of_long_vectors": ("m4v16g64", 1, 128, (32,), FEW_COPIES),
+    "short_vectors": ("m1v2g32", 2, 96, (32,), LEAST_COPIES),
+    "scale_of_a_row": ("m2v4g256", 1, 256, (32,), LEAST_COPIES),
+    "narrow_codes": ("m1v4b4g128", 1, 256, (32,), TWO_WORDS),
+    "narrowest_codes": ("m3v2b2g128", 1, 128, (32,), IDLE_THREADS),
+}
+ACCURACY = {jnp.float32: 1e-6, jnp.bfloat16: 1e-4, jnp.float16: 1e-4}
 
 
-matmul = jax.jit(functools.partial(psumbook_mosaic.matmul, interpret=INTERPRET))
+def operands(spec, M, K, Ns, dtype=jnp.bfloat16):
+    make = lambda i, N: random_codebook_tensor(
+        jax.random.key(i), CodebookSpec.parse(spec), K, N, dtype
+    )
+    return jax.random.normal(jax.random.key(9), (M, K), dtype), [*map(make, range(len(Ns)), Ns)]
 
 
-def operands(name, M, dtype=jnp.float32):
-    text, K, N = TINY[name]
-    w = random_codebook_tensor(jax.random.key(3), CodebookSpec.parse(text), K, N, dtype)
-    return jax.random.normal(jax.random.key(4), (M, K), dtype), w
+def multiply(x, weights, tiles, out_dtype=jnp.float32, interpret=INTERPRET):
+    call = functools.partial(
+        psumbook_mosaic.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret
+    )
+    return jax.jit(call)(x, weights)
 
 
-def interpreted(name, M):
+def relative_error(actual, x, w):
+    wanted = np.asarray(reference(x.astype(jnp.float32), w), np.float64)
+    return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(name, dtype):
+    *shapes, tiles = CASES[name]
+    x, weights = operands(*shapes, dtype)
+    for y, w in zip(multiply(x, weights, tiles), weights, strict=True):
+        assert y.shape == (x.shape[0], w.shape[1])
+        assert relative_error(y, x, w) < ACCURACY[dtype]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_results_of_the_wanted_dtype(dtype):
+    x, weights = operands("m1v4g64", 1, 128, (64,), dtype)
+    [y] = multiply(x, weights, ONE, dtype)
+    [exact] = multiply(x, weights, ONE)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y, exact.astype(dtype))
+
+
+def test_float32_activations_with_narrow_weights():
+    x, weights = operands("m1v4g64", 1, 128, (64,))
+    x = jax.random.normal(jax.random.key(2), x.shape)
+    assert relative_error(multiply(x, weights, ONE)[0], x, weights[0]) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_one_activation_may_outweigh_all_others(scale):
+    x, weights = operands("m2v8g128", 1, 256, (256,))
+    x = (x * scale).at[0, 5].set(300 * scale)
+    assert relative_error(multiply(x, weights, TWO_SPLITS)[0], x, weights[0]) < 2e-4
+
+
+def test_zeros_give_zeros_and_what_is_not_finite_spreads():
+    x, weights = operands("m1v4g64", 1, 128, (64,))
+    np.testing.assert_array_equal(multiply(0 * x, weights, ONE)[0], 0)
+    assert not np.isfinite(multiply(x.at[0, 3].set(jnp.nan), weights, ONE)[0]).any()
+    assert not np.isfinite(multiply(x.at[0, 3].set(jnp.inf), weights, ONE)[0]).any()
+
+
+def interpreted(name):
+    *shapes, tiles = CASES[name]
     with jax.default_device(jax.devices("cpu")[0]):
-        x, w = operands(name, M)
-        jax.jit(lambda x, w: psumbook_mosaic.matmul(x, w, interpret=True))(x, w).block_until_ready()
+        x, weights = operands(*shapes)
+        jax.block_until_ready(multiply(x, weights, tiles, interpret=True))
 
 
-@pytest.mark.parametrize(("name", "M"), [("tiny_two_column_tiles", 1), ("tiny_ragged_columns", 5)])
-def test_no_races(name, M):
-    interpreted(name, M)
+@pytest.mark.parametrize("name", ["uneven_splits", "several_weights"])
+def test_no_races(name):
+    interpreted(name)
     assert not get_races().races_found
 
 
 def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
-    monkeypatch.setattr(plgpu, "barrier_arrive", lambda barrier: None)
-    monkeypatch.setattr(plgpu, "barrier_wait", lambda barrier: None)
-    interpreted("tiny_m1v4", 1)
+    monkeypatch.setattr(psumbook_interpreted, "sync", lambda barrier: None)
+    interpreted("two_books")
     assert get_races().races_found
 
 
-def test_several_chunks_of_columns_in_one_block(monkeypatch):
-    monkeypatch.setattr(psumbook_mosaic, "MIN_BLOCKS", 1)
-    monkeypatch.setattr(psumbook_mosaic, "COLUMN_TILES", (128,))
-    x, w = operands("tiny_two_column_tiles", 2)
-    assert psumbook_mosaic.tiling(2, *w.shape, w.spec).chunks == 4
-    # Not `matmul`, which may have this shape compiled with other tiles.
-    y = jax.jit(lambda x, w: psumbook_mosaic.matmul(x, w, interpret=INTERPRET))(x, w)
-    np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=4e-6)
-
-
-@pytest.mark.parametrize("M", [2, 3, 4, 6])
-def test_a_batch_equals_its_rows_alone(M):
-    x, w = operands("tiny_m2v8", M)
-    alone = jnp.concatenate([matmul(x[r : r + 1], w) for r in range(M)])
-    # The partial sums are added by XLA, whose order may differ between the two programs.
-    np.testing.assert_allclose(matmul(x, w), alone, rtol=1e-6, atol=1e-6)
+def test_a_batch_equals_its_rows_alone():
+    x, weights = operands("m1v4g64", 3, 128, (64,))
+    [together] = multiply(x, weights, TWO_SPLITS)
+    alone = [multiply(x[r : r + 1], weights, TWO_SPLITS)[0] for r in range(3)]
+    np.testing.assert_array_equal(together, jnp.concatenate(alone))
 
 
 def test_the_same_call_gives_the_same_bits():
-    x, w = operands("tiny_m1v4", 4, jnp.bfloat16)
-    np.testing.assert_array_equal(matmul(x, w), matmul(x, w))
+    *shapes, tiles = CASES["two_books"]
+    x, weights = operands(*shapes)
+    np.testing.assert_array_equal(*(multiply(x, weights, tiles)[0] for _ in range(2)))
+
+
+def test_the_default_tiles():
+    x, weights = operands("m2v8g128", 1, 128, (64,))
+    assert relative_error(multiply(x, weights, None)[0], x, weights[0]) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -75,27 +146,43 @@ def test_the_same_call_gives_the_same_bits():
     [
         (1, 4096, 4096, "m1v8b16g128", "b = 16"),
         (0, 4096, 4096, "m2v8g128", "M = 0"),
-        (1, 4096, 100, "m2v8g128", "N = 100"),
-        (1, 4096, 4096, "m2v8g8", "multiple of 4 v = 32, divides g = 8"),
-        (1, 4096, 4096, "m1v16g32", "4 v = 64, divides g = 32"),
+        (1, 4096, 0, "m2v8g128", "N = 0"),
+        (1, 4096, 4096, "m2v8g8", "4 v = 32 input features, which must divide g = 8"),
+        (1, 4096, 4096, "m1v16g32", "4 v = 64 input features, which must divide g = 32"),
     ],
 )
 def test_refusals_name_the_number(M, K, N, spec, reason):
-    with pytest.raises(NotImplementedError, match=reason):
-        psumbook_mosaic.tiling(M, K, N, CodebookSpec.parse(spec))
-
-
-@pytest.mark.parametrize("M", [1, 2, 4, 8])
-@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m1v4g32", "m4v4g128", "m4v8g128"])
-def test_tiles_fit_real_shapes(spec, M):
     spec = CodebookSpec.parse(spec)
-    for K, N in [*LLAMA_8B.values(), *LLAMA_70B.values()]:
-        tiles = psumbook_mosaic.tiling(M, K, N, spec)
-        assert K % tiles.k_tile == 0
-        assert spec.group_size % tiles.k_tile == 0
-        assert tiles.k_tile % (4 * spec.vector_length) == 0
-        entries = tiles.k_tile // spec.vector_length * spec.num_codebooks * 256 * tiles.rows
-        assert 4 * entries <= psumbook_mosaic.PSUMBOOK_BYTES
+    assert reason in (refusal(M, K, N, spec, jnp.bfloat16) or "")
+    with pytest.raises(NotImplementedError, match=reason):
+        tiling(M, K, N, spec)
+
+
+def test_a_matmul_refuses_too():
+    x, weights = operands("m2v8g128", 1, 256, (64,))
+    with pytest.raises(NotImplementedError, match="M = 0"):
+        psumbook_mosaic.matmul(x[:0], weights)
+
+
+@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m3v4g32", "m4v8g128", "m2v4b4g128"])
+@pytest.mark.parametrize("shape", [*LLAMA_8B.values(), *LLAMA_70B.values(), (16384, 53248)])
+def test_tiles_fit_real_shapes(spec, shape):
+    spec = CodebookSpec.parse(spec)
+    for tiles in candidates(1, *shape, spec):
+        plan = Plan.of(tiles, shape[0], shape[1:], spec, jnp.bfloat16)
+        assert plan.table_bytes <= TABLE_BYTES
+        assert spec.group_size % plan.features == 0
+        assert shape[0] % plan.features == 0
+        assert plan.starts[-1] <= tiles.blocks
+        assert plan.splits[0] <= plan.tiles
+    assert len(set(candidates(1, *shape, spec))) == len(candidates(1, *shape, spec)) <= 12
+
+
+def test_every_split_of_several_weights_has_its_share():
+    spec = CodebookSpec.parse("m2v8g128")
+    K, Ns = LLAMA_70B_TOGETHER["llama_70b_qkv"]
+    plan = Plan.of(tiling(1, K, sum(Ns), spec), K, Ns, spec, jnp.bfloat16)
+    assert plan.splits[0] >= plan.splits[1] == plan.splits[2] > 1
 
 
 def lowered(f, *arguments):
@@ -103,27 +190,19 @@ def lowered(f, *arguments):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("M", [1, 4])
-@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128"])
-@pytest.mark.parametrize("shape", ["llama_8b_gate_up", "llama_8b_k_v"])
-def test_lowers_for_cuda_without_a_gpu(shape, spec, M, dtype):
-    K, N = LLAMA_8B[shape]
-    make = lambda key: random_codebook_tensor(key, CodebookSpec.parse(spec), K, N, dtype)
-    w = jax.eval_shape(make, jax.random.key(0))
-    text = lowered(psumbook_mosaic.matmul, jax.ShapeDtypeStruct((M, K), dtype), w)
-    assert text.count("mosaic_gpu") >= 1
-    assert "psumbook_matmul" in text
-
-
-def test_lowers_inside_a_larger_program():
-    K, F = LLAMA_8B["llama_8b_gate_up"]
-    make = lambda K, N: jax.eval_shape(
-        lambda key: random_codebook_tensor(key, M2V8, K, N), jax.random.key(0)
+@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m4v8g128", "m2v4b4g128"])
+@pytest.mark.parametrize("Ns", [(14336,), (4096, 1024, 1024), (201,)])
+def test_lowers_for_cuda_without_a_gpu(Ns, spec, dtype):
+    make = lambda N: jax.eval_shape(
+        lambda key: random_codebook_tensor(key, CodebookSpec.parse(spec), 4096, N, dtype),
+        jax.random.key(0),
     )
+    x = jax.ShapeDtypeStruct((2, 4096), dtype)
+    call = functools.partial(psumbook_mosaic.matmul, out_dtype=dtype)
+    text = lowered(call, x, [make(N) for N in Ns])
+    assert "psumbook_matmul" in text
+    assert text.count("mosaic_gpu") >= 2
 
-    def mlp(x, up, down):
-        hidden = jax.nn.silu(psumbook_mosaic.matmul(x, up))
-        return x + psumbook_mosaic.matmul(hidden, down)
 
-    x = jax.ShapeDtypeStruct((2, K), jnp.bfloat16)
-    assert "psumbook_matmul" in lowered(mlp, x, make(K, F), make(F, K))
+def test_tilings_are_values():
+    assert dataclasses.replace(ONE, copies=32) == ONE

@@ -4,27 +4,24 @@ The expected numbers are computed here in numpy float64 from the definition alon
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcodec.pallas_kernels import psumbook_mosaic
-from jaxcodec.pallas_kernels.psumbook import choose, codebook_matmul
+from jaxcodec.pallas_kernels.matmul import KERNELS, choose, codebook_matmul, codebook_matmuls
 from jaxcodec.pallas_kernels.shapes import TINY
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
 
 ON_GPU = jax.default_backend() == "gpu"
-MOSAIC = "mosaic" if ON_GPU else "mosaic_interpreted"
-IMPLEMENTATIONS = ("reference", "psumbook", MOSAIC)
-# Every shape in float32, where errors show; the narrow dtypes on the two main formats.
-CASES = [(name, jnp.float32, 1 + i % 5) for i, name in enumerate(TINY)] + [
-    ("tiny_m1v4", jnp.bfloat16, 2),
-    ("tiny_m2v8", jnp.bfloat16, 1),
-    ("tiny_m1v4", jnp.float16, 4),
-]
+PLAIN = ("reference", "psumbook")
+# What runs in float32, where errors show.
+EXACT = (*PLAIN, "psumbook_mosaic")
+# Rows for each kernel that fill none of its tiles.
+ROWS = {"psumbook_mosaic": 1, "fragments_mosaic": 3, "wgmma_mosaic": 67}
 
 
 def operands(name, dtype, M):
@@ -39,7 +36,15 @@ def operands(name, dtype, M):
     return jnp.asarray(draw.normal(size=(M, K)).astype(dtype)), w
 
 
-matmul = jax.jit(codebook_matmul, static_argnums=2)
+@functools.partial(jax.jit, static_argnames=("implementation", "preferred_element_type"))
+def matmul(x, w, implementation=None, preferred_element_type=None):
+    return codebook_matmul(
+        x,
+        w,
+        implementation=implementation,
+        preferred_element_type=preferred_element_type,
+        interpret=not ON_GPU,
+    )
 
 
 def expected(x, w, dy):
@@ -72,24 +77,86 @@ def assert_close(actual, wanted, dtype):
     assert worst <= 1, f"error is {worst:.2f} times its bound"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("name", "dtype", "M"), CASES)
-def test_values_and_gradients(name, dtype, M, implementation):
+CASES = [
+    (implementation, name, jnp.float32, 1 + i % 5)
+    for implementation in EXACT
+    for i, name in enumerate(TINY)
+] + [
+    (implementation, name, dtype, M)
+    for implementation in PLAIN
+    for name, dtype, M in [
+        ("tiny_m1v4", jnp.bfloat16, 2),
+        ("tiny_m2v8", jnp.bfloat16, 1),
+        ("tiny_m1v4", jnp.float16, 4),
+    ]
+]
+
+
+@pytest.mark.parametrize(("implementation", "name", "dtype", "M"), CASES)
+def test_values_and_gradients(implementation, name, dtype, M):
     x, w = operands(name, dtype, M)
     dy = jax.random.normal(jax.random.key(2), (M, w.shape[1]), dtype)
 
     def run(x, w, dy):
-        y, pull_back = jax.vjp(lambda x, w: codebook_matmul(x, w, implementation), x, w)
+        y, pull_back = jax.vjp(lambda x, w: matmul(x, w, implementation), x, w)
         dx, dw = pull_back(dy)
         return y, dx, dw.codebooks, dw.scales
 
-    assert psumbook_mosaic.refusal(M, *w.shape, w.spec) is None
     for actual, wanted in zip(jax.jit(run)(x, w, dy), expected(x, w, dy), strict=True):
         assert actual.dtype == dtype
         assert_close(actual, wanted, dtype)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["tiny_m1v4", "tiny_m2v8"])
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_kernels_of_16_bit_rows_round_less_than_the_rows(implementation, name, dtype):
+    M = ROWS[implementation]
+    x, w = operands(name, dtype, M)
+    dy = jax.random.normal(jax.random.key(2), (M, w.shape[1]), jnp.float32)
+
+    def run(x, w, dy):
+        multiply = lambda x, w: matmul(x, w, implementation, jnp.float32)
+        y, pull_back = jax.vjp(multiply, x, w)
+        dx, dw = pull_back(dy)
+        return y, dx, dw.codebooks, dw.scales
+
+    y, *gradients = jax.jit(run)(x, w, dy)
+    exact, *exact_gradients = expected(x, w, dy)
+    assert y.dtype == jnp.float32
+    assert relative(y, exact) <= 1e-3
+    # Backwards the weight is rounded to the dtype of x, and so is the result.
+    for actual, wanted in zip(gradients, exact_gradients, strict=True):
+        assert actual.dtype == dtype
+        assert relative(actual, wanted) <= 2 * float(jnp.finfo(dtype).eps)
+
+
+def relative(actual, wanted):
+    return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("implementation", [None, "fragments_mosaic"])
+def test_weights_that_share_x(implementation):
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 3)
+    half = CodebookTensor(w.codes[..., :128], -w.codebooks, w.scales[:, :128])
+    coarse = dataclasses.replace(w, scales=w.scales[:1])  # another group size: another launch
+    bias = jnp.arange(128, dtype=jnp.bfloat16)
+    ys = jax.jit(
+        lambda x, weights: codebook_matmuls(
+            x,
+            weights,
+            (None, bias, None),
+            implementation=implementation,
+            preferred_element_type=jnp.float32,
+            interpret=not ON_GPU,
+        )
+    )(x, [w, half, coarse])
+    for y, weight, b in zip(ys, (w, half, coarse), (0, bias, 0), strict=True):
+        wanted = expected(x, weight, np.zeros((3, weight.shape[1])))[0]
+        assert relative(np.asarray(y) - np.asarray(b, np.float32), wanted) <= 1e-3
+
+
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_mixed_dtypes_keep_that_of_x(implementation):
     x, w = operands("tiny_m2v8", jnp.bfloat16, 2)
     x = x.astype(jnp.float32)
@@ -98,7 +165,7 @@ def test_mixed_dtypes_keep_that_of_x(implementation):
     assert_close(y, expected(x, w, np.zeros((2, w.shape[1])))[0], jnp.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_leading_axes_are_rows(implementation):
     x, w = operands("tiny_m2v8", jnp.float32, 4)
     y = matmul(x, w, implementation)
@@ -110,46 +177,68 @@ def test_leading_axes_are_rows(implementation):
     np.testing.assert_allclose(single, y[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_vmap_of_rows_and_of_weights(implementation):
     x, w = operands("tiny_m1v4", jnp.float32, 2)
     _, other = operands("tiny_m1v4", jnp.float32, 2)
     other = dataclasses.replace(other, scales=2 * other.scales)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, other)
-    op = lambda x, w: codebook_matmul(x, w, implementation)
-    y = matmul(x, w, implementation)
+    op = lambda x, w: matmul(x, w, implementation)
+    y = op(x, w)
     over_rows = jax.jit(jax.vmap(op, in_axes=(0, None)))(x, w)
     np.testing.assert_allclose(over_rows, y, rtol=1e-5, atol=1e-6)
     over_weights = jax.jit(jax.vmap(op, in_axes=(None, 0)))(x, stacked)
     np.testing.assert_allclose(over_weights, jnp.stack([y, 2 * y]), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", PLAIN)
 def test_gradient_of_vmap(implementation):
     x, w = operands("tiny_m1v4", jnp.float32, 2)
-    loss = lambda x: jax.vmap(lambda row: codebook_matmul(row, w, implementation))(x).sum()
+    loss = lambda x: jax.vmap(lambda row: matmul(row, w, implementation))(x).sum()
     _, dx, _, _ = expected(x, w, np.ones((2, w.shape[1])))
     assert_close(jax.jit(jax.grad(loss))(x), dx, jnp.float32)
+
+
+def test_vmap_of_a_kernel():
+    x, w = operands("tiny_row_scale", jnp.float32, 2)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, w)
+    y = matmul(x, w, "reference")
+    op = lambda x, w: matmul(x, w, "psumbook_mosaic")
+    over_rows = jax.jit(jax.vmap(op, in_axes=(0, None)))(x, w)
+    np.testing.assert_allclose(over_rows, y, rtol=1e-5, atol=1e-5)
+    over_weights = jax.jit(jax.vmap(op, in_axes=(None, 0)))(x[:1], stacked)
+    np.testing.assert_allclose(over_weights, jnp.stack([y[:1], y[:1]]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_is_added_before_rounding_and_has_a_gradient():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 2)
+    bias = jnp.linspace(-1, 1, w.shape[1], dtype=jnp.bfloat16)
+    multiply = lambda bias: codebook_matmul(x, w, bias)
+    exact = expected(x, w, np.zeros((2, w.shape[1])))[0] + np.asarray(bias, np.float64)
+    assert_close(multiply(bias), exact, jnp.bfloat16)
+    dbias = jax.grad(lambda bias: multiply(bias).astype(jnp.float32).sum())(bias)
+    np.testing.assert_array_equal(dbias, jnp.full_like(bias, 2))
 
 
 def test_wide_codes_have_a_psumbook_too():
     K, N = 32, 48
     w = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse("m1v8b16g32"), K, N)
     x = jax.random.normal(jax.random.key(1), (3, K), jnp.float32)
-    gathered = codebook_matmul(x, w, "psumbook")
-    np.testing.assert_allclose(gathered, codebook_matmul(x, w, "reference"), rtol=1e-5, atol=1e-6)
-
-
-def test_the_rule_chooses_the_kernel_where_it_can_run():
-    spec = CodebookSpec.parse("m2v8g128")
-    assert choose(1, 4096, 14336, spec, jnp.float32) == ("mosaic" if ON_GPU else "reference")
-    assert choose(4096, 4096, 14336, spec, jnp.float32) == "reference"
-    assert choose(4096, 4096, 14336, spec, jnp.bfloat16) == (
-        "dequantize" if ON_GPU else "reference"
+    np.testing.assert_allclose(
+        matmul(x, w, "psumbook"), matmul(x, w, "reference"), rtol=1e-5, atol=1e-6
     )
-    wide = CodebookSpec.parse("m1v8b16g128")
-    assert choose(1, 4096, 14336, wide, jnp.float32) == "reference"
-    assert choose(0, 4096, 14336, spec, jnp.float32) == "reference"
+
+
+def test_the_rule_chooses_a_kernel_where_it_can_run():
+    spec = CodebookSpec.parse("m2v8g128")
+    assert choose(1, 4096, [14336], spec, jnp.float32) == (
+        "psumbook_mosaic" if ON_GPU else "reference"
+    )
+    for M in (1, 4, 64, 4096):
+        name = choose(M, 4096, [14336], spec, jnp.bfloat16)
+        assert name in KERNELS or name == "dequantize" if ON_GPU else name == "reference"
+    assert choose(4096, 4096, [14336], spec, jnp.float32) == "reference"
+    assert choose(0, 4096, [14336], spec, jnp.float32) == "reference"
 
 
 def test_the_chosen_implementation_agrees():
@@ -167,6 +256,16 @@ def test_the_dense_product_in_the_dtype_of_x_only_rounds_the_weight(dtype):
     # Half a unit in the last place of each weight, half of the result, and float32 sums.
     bound = float(jnp.finfo(dtype).eps) / 2 * (sizes + np.abs(exact)) + 4e-6 * np.abs(exact).max()
     assert np.all(np.abs(actual - exact) <= bound)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_that_cannot_run_says_why(name):
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(ValueError, match=r"Unknown implementation 'mosaic'; there are"):
+        codebook_matmul(x, w, implementation="mosaic")
+    if not ON_GPU:
+        with pytest.raises(NotImplementedError, match=f"{name!r} cannot run: it needs a GPU"):
+            codebook_matmul(x, w, implementation=name)
 
 
 def test_no_rows_give_no_rows():
@@ -200,17 +299,19 @@ def test_wrong_scales_and_no_columns_are_refused():
         codebook_matmul(x, empty)
 
 
-def test_unknown_implementation_lists_the_known():
+def test_codebooks_that_a_code_can_overrun_are_refused():
     x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
-    with pytest.raises(ValueError, match="'cutlass'; there are .*'reference'"):
-        codebook_matmul(x, w, "cutlass")
+    with pytest.raises(ValueError, match="one for every code, got 200"):
+        codebook_matmul(x, dataclasses.replace(w, codebooks=w.codebooks[:, :200]))
+    with pytest.raises(ValueError, match="m = 2 codebooks, codebooks hold 1"):
+        codebook_matmul(x, dataclasses.replace(w, codebooks=w.codebooks[:1]))
 
 
-def test_a_named_kernel_says_why_it_cannot_run():
-    cpu = jax.devices("cpu")[0]
+def test_a_bias_of_another_length_is_refused():
     x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
-    with jax.default_device(cpu), pytest.raises(NotImplementedError, match="capability 9.0"):
-        codebook_matmul(x, w, "mosaic")
-    narrow = CodebookTensor(w.codes[..., :96], w.codebooks, w.scales[..., :96])
-    with pytest.raises(NotImplementedError, match="at least 128 columns, got N = 96"):
-        codebook_matmul(x, narrow, MOSAIC)
+    with pytest.raises(ValueError, match=r"N = 256, got \[255\]"):
+        codebook_matmul(x, w, jnp.zeros(255))
+    with pytest.raises(ValueError, match="Expected a bias .* 2, got 1"):
+        codebook_matmuls(x, [w, w], [None])
+    with pytest.raises(ValueError, match="at least one weight"):
+        codebook_matmuls(x, [])

@@ -1,0 +1,242 @@
+"""Measure every kernel's candidates on this GPU and remember the fastest: the command line.
+
+    python -m jaxcodec.pallas_kernels.tune --shapes 4096x4096 4096x4096+1024+1024 --specs m2v8g128
+
+A shape is K x N; with `+`, the outputs of several weights that share x, as q, k and v do. The
+table is written after every measurement, and a later run goes on where this one was stopped.
+"""
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcodec.pallas_kernels import tuning
+from jaxcodec.pallas_kernels.matmul import KERNELS
+from jaxcodec.pallas_kernels.reference import reference
+from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
+from jaxcodec.pallas_kernels.timing import kernel_time, rotation
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import random_codebook_tensor
+
+# Six times the 50 MB L2 of an H100, so that weights come from memory as they do in a model.
+FOOTPRINT = 300e6
+MAX_COPIES = 48
+# Rounding the result to bf16 alone makes a relative error of 1.7e-3; a wrong sum makes far more.
+MAX_ERROR = 4e-3
+
+
+def _text(K: int, Ns: Sequence[int]) -> str:
+    return f"{K}x" + "+".join(map(str, Ns))
+
+
+LLAMA_8B_SHAPES = tuple(
+    _text(K, Ns)
+    for K, Ns in [*((K, (N,)) for K, N in LLAMA_8B.values()), *LLAMA_8B_TOGETHER.values()]
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Find the fastest kernel and tiles for shapes of a model on this GPU.
+
+    Attributes:
+      shapes: weights as K x N, or K x N1+N2 for several that share x; default Llama-3.1-8B's.
+      specs: formats, such as m2v8g128.
+      rows: numbers of rows of x; calls between two of them use the entry of the larger.
+      out: the table; default: the one of this device in the user's directory.
+      again: measure what the table already has.
+    """
+
+    shapes: tuple[str, ...] = LLAMA_8B_SHAPES
+    specs: tuple[str, ...] = ("m1v4g128", "m2v8g128")
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 512)
+    out: Path | None = None
+    again: bool = False
+
+
+Shape = tuple[int, tuple[int, ...], CodebookSpec]  # K, the N of each weight, format
+# Compiled candidates by kernel and tiles.
+Programs = dict[tuple[str, Any], Future[jax.stages.Compiled]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One entry to find: rows of x, and a launch of weights [K, N] in one format."""
+
+    M: int
+    K: int
+    Ns: tuple[int, ...]
+    spec: CodebookSpec
+
+    @property
+    def shape(self) -> Shape:
+        """What the operands depend on besides M."""
+        return self.K, self.Ns, self.spec
+
+    @property
+    def key(self) -> tuple[str, int, tuple[int, ...], int]:
+        """As `tuning.Entry.key`."""
+        return str(self.spec), self.K, self.Ns, self.M
+
+    def __str__(self) -> str:
+        return f"{self.spec} {_text(self.K, self.Ns)} M={self.M}"
+
+
+def parse_shape(text: str) -> tuple[int, tuple[int, ...]]:
+    """Read `4096x4096+1024+1024` as (K, (N, ...)).
+
+    Raises:
+      ValueError: not such a text.
+    """
+    try:
+        K, Ns = text.split("x")
+        return int(K), tuple(int(N) for N in Ns.split("+"))
+    except ValueError:
+        raise ValueError(f"A shape is K x N such as 4096x14336, got {text!r}.") from None
+
+
+def tasks(options: Options) -> list[Task]:
+    """Everything that the options ask for, all rows of a shape together."""
+    pairs = itertools.product(options.shapes, options.specs)
+    found = []
+    for shape, text in pairs:
+        (K, Ns), spec = parse_shape(shape), CodebookSpec.parse(text)
+        for N in Ns:
+            spec.check_shape(K, N)
+        found += [Task(M, K, Ns, spec) for M in options.rows]
+    return found
+
+
+def make_operands(shape: Shape, M: int) -> list[tuple]:
+    """(x bf16 [M, K], weights) with enough copies of the weights to defeat the L2."""
+    K, Ns, spec = shape
+    size = sum(spec.bits_per_weight(K, N) / 8 * K * N for N in Ns)
+    copies = int(np.clip(np.ceil(FOOTPRINT / size), 2, MAX_COPIES))
+
+    @jax.jit
+    def make(key: jax.Array):
+        keys = jax.random.split(key, len(Ns) + 1)
+        weights = [random_codebook_tensor(k, spec, K, N) for k, N in zip(keys[1:], Ns, strict=True)]
+        return jax.random.normal(keys[0], (M, K), jnp.bfloat16), tuple(weights)
+
+    return [make(jax.random.key(i)) for i in range(copies)]
+
+
+def rows_of(operands: list[tuple], M: int) -> list[tuple]:
+    """The operands with the first M rows of each x."""
+    return [(x[:M], weights) for x, weights in operands]
+
+
+def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
+    """What to try, by kernel and tiles."""
+
+    def multiply(kernel, tiles, x, weights):
+        return kernel.matmul(x, weights, tiles=tiles, out_dtype=x.dtype)
+
+    return {
+        (name, tiles): functools.partial(multiply, kernel, tiles)
+        for name, kernel in KERNELS.items()
+        if not any(kernel.refusal(task.M, task.K, N, task.spec, jnp.bfloat16) for N in task.Ns)
+        for tiles in kernel.candidates(task.M, task.K, sum(task.Ns), task.spec)
+    }
+
+
+def start_compiling(pool: Executor, tasks: Sequence[Task]) -> dict[Task, Programs]:
+    """Begin to compile all candidates of tasks of one shape, for its number of copies."""
+    programs = {}
+    for task in tasks:
+        shapes = jax.eval_shape(functools.partial(make_operands, task.shape, task.M))
+        programs[task] = {
+            key: pool.submit(rotation, call, shapes) for key, call in calls(task).items()
+        }
+    return programs
+
+
+def measure(task: Task, programs: Programs, operands: list[tuple]) -> Iterator[tuning.Entry | str]:
+    """An entry for each candidate that is right, a sentence for each that is not."""
+    x, weights = operands[0]
+    wanted = np.concatenate([jax.jit(reference)(x, w) for w in weights], axis=1)
+    for (name, tiles), program in programs.items():
+        try:
+            us, _, ys = kernel_time(program.result(), operands)
+            actual = np.concatenate(ys, axis=1).astype(np.float32)
+            error = np.linalg.norm(actual - wanted) / np.linalg.norm(wanted)
+            if not error <= MAX_ERROR:  # NaN included
+                raise ArithmeticError(f"relative error {error:.1e}")
+        except Exception as error:  # the other candidates go on
+            yield f"{task}: {name} {tiles}: {type(error).__name__}: {str(error)[:200]}"
+            continue
+        fields = dataclasses.asdict(tiles)
+        yield tuning.Entry(*task.key, name, fields, round(us, 2))
+
+
+def tune(options: Options) -> Path:
+    """Measure what the table lacks; return the path of the table.
+
+    Raises:
+      ValueError: a shape or format that cannot be.
+      RuntimeError: no NVIDIA GPU.
+    """
+    from rich.progress import track
+
+    wanted, device = tasks(options), jax.devices()[0]
+    if device.platform != "gpu":
+        raise RuntimeError(f"Tuning measures a GPU, and the default device is {device}.")
+    path = options.out or tuning.user_directory() / tuning.file_name(device.device_kind)
+    entries = {e.key: e for e in tuning.read(path)} if path.exists() else {}
+    head = {"device": device.device_kind, "jax": jax.__version__}
+    head["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    missing = [task for task in wanted if options.again or task.key not in entries]
+    progress = iter(track(range(len(missing)), description="tuning"))
+    for task, outcomes in _outcomes(missing):
+        next(progress)
+        for failure in outcomes:
+            if isinstance(failure, str):
+                print(failure, file=sys.stderr)
+        measured = [e for e in outcomes if isinstance(e, tuning.Entry)]
+        if measured:
+            best = min(measured, key=lambda entry: entry.us)
+            entries[best.key] = best
+            tuning.write(path, head, entries.values())
+            tried = ", ".join(f"{e.kernel} {e.us}" for e in measured)
+            print(f"{task}: {best.kernel} {dict(best.tiles)} {best.us} us ({tried})")
+    for _ in progress:  # the bar ends at its end
+        pass
+    return path
+
+
+def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry | str]]]:
+    """Measure shape after shape, while the candidates of the next are compiled."""
+    shapes = [list(group) for _, group in itertools.groupby(missing, lambda task: task.shape)]
+    with ThreadPoolExecutor() as pool:
+        following = start_compiling(pool, shapes[0]) if shapes else {}
+        for i, group in enumerate(shapes):
+            programs = following
+            following = start_compiling(pool, shapes[i + 1]) if i + 1 < len(shapes) else {}
+            operands = make_operands(group[0].shape, max(task.M for task in group))
+            for task in group:
+                yield task, list(measure(task, programs[task], rows_of(operands, task.M)))
+
+
+def main() -> None:
+    """Run the command line; bad input ends it with one sentence and status 1."""
+    import tyro
+
+    try:
+        print(f"Written to {tune(tyro.cli(Options))}.")
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"jaxcodec.pallas_kernels.tune: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Which kernel, cut into which tiles, was fastest for a shape on a kind of GPU: data, not code.
+
+The package holds a table for each device that we measured, tuning/<device>.json. What
+`python -m jaxcodec.pallas_kernels.tune` writes on a user's own GPU lies in `user_directory()` and
+goes before it, entry by entry. Without an entry, `preferences` orders the kernels.
+
+Letters: M rows of x, K input and N output features, m codebooks, v weights a code.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxcodec.checkpoints.files import read_json, replacement
+from jaxcodec.spec import CodebookSpec
+
+# Rows up to which the kernels won on the H100 where nothing else is known; see the figure of time
+# against rows in docs/kernels.md.
+GATHER_ROWS = 1
+FRAGMENT_ROWS = 32
+# A float32 x has no tensor cores: the gather reads the codes again for each 4 rows, and stays
+# ahead of writing a float32 weight to memory up to this many.
+FLOAT32_ROWS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The fastest way that was measured.
+
+    Attributes:
+      spec: format, such as `m2v8g128`.
+      K: input features.
+      N: output features of each weight of the launch.
+      M: rows of x.
+      kernel: module of pallas_kernels, such as `fragments_mosaic`.
+      tiles: fields of that module's Tiling.
+      us: microseconds of kernel time.
+    """
+
+    spec: str
+    K: int
+    N: tuple[int, ...]
+    M: int
+    kernel: str
+    tiles: Mapping[str, int]
+    us: float
+
+    @property
+    def key(self) -> tuple[str, int, tuple[int, ...], int]:
+        """What is unique in a table."""
+        return self.spec, self.K, self.N, self.M
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Entries of one kind of device.
+
+    Attributes:
+      entries: by (spec, K, N), then by M, in ascending order of M.
+    """
+
+    entries: Mapping[tuple[str, int, tuple[int, ...]], tuple[Entry, ...]]
+
+    @classmethod
+    def of(cls, entries: Iterable[Entry]) -> "Table":
+        """Sort entries; of two with one key the later stays."""
+        unique = {entry.key: entry for entry in entries}
+        shapes: dict[tuple[str, int, tuple[int, ...]], list[Entry]] = {}
+        for entry in sorted(unique.values(), key=lambda entry: entry.M):
+            shapes.setdefault(entry.key[:3], []).append(entry)
+        return cls({shape: tuple(found) for shape, found in shapes.items()})
+
+    def entry(self, M: int, K: int, N: tuple[int, ...], spec: CodebookSpec) -> Entry | None:
+        """The entry of the fewest rows that are at least M, or None if the shape has none."""
+        found = self.entries.get((str(spec), K, N), ())
+        return next((entry for entry in found if entry.M >= M > 0), None)
+
+
+def preferences(M: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]:
+    """Kernels to try for M rows of a shape that was never measured, the best first."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return ("psumbook_mosaic",) if M <= FLOAT32_ROWS else ()
+    few = ("fragments_mosaic", "psumbook_mosaic")
+    # One book of short vectors is looked up as fast as a Psumbook, which must be filled besides.
+    gather = M <= GATHER_ROWS and spec.num_codebooks * spec.vector_length > 4
+    if gather:
+        return few[::-1]
+    if M <= FRAGMENT_ROWS:
+        return (few[0], "wgmma_mosaic")
+    return ("wgmma_mosaic",)
+
+
+@functools.cache
+def table(device_kind: str) -> Table:
+    """The table of a kind of device, such as "NVIDIA H100 80GB HBM3"; empty if never tuned."""
+    name = file_name(device_kind)
+    paths = (Path(__file__).parent / "tuning" / name, user_directory() / name)
+    return Table.of(entry for path in paths if path.exists() for entry in read(path))
+
+
+def user_directory() -> Path:
+    """Where tables of a user's own GPUs lie: $JAXCODEC_TUNING, else ~/.cache/jaxcodec/tuning."""
+    named = os.environ.get("JAXCODEC_TUNING")
+    return Path(named) if named else Path.home() / ".cache" / "jaxcodec" / "tuning"
+
+
+def file_name(device_kind: str) -> str:
+    """`nvidia_h100_80gb_hbm3.json` for "NVIDIA H100 80GB HBM3"."""
+    return re.sub(r"[^a-z0-9]+", "_", device_kind.lower()).strip("_") + ".json"
+
+
+def read(path: Path) -> list[Entry]:
+    """Entries of a file that `write` wrote.
+
+    Raises:
+      ValueError: the file is not such a table, with the reason.
+    """
+    try:
+        rows = read_json(path)["entries"]
+        return [Entry(N=tuple(row.pop("N")), **row) for row in rows]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is not a table of tile sizes ({error}); delete it or run "
+            "python -m jaxcodec.pallas_kernels.tune again."
+        ) from None
+
+
+def write(path: Path, head: Mapping[str, Any], entries: Iterable[Entry]) -> None:
+    """Write `head` (device, versions, date) and entries, one a line; whole or not at all."""
+    shapes = Table.of(entries).entries
+    lines = [json.dumps(dataclasses.asdict(e)) for key in sorted(shapes) for e in shapes[key]]
+    text = json.dumps(dict(head), indent=2)[:-2] + ',\n  "entries": [\n    '
+    text += ",\n    ".join(lines) + "\n  ]\n}\n"
+    with replacement(path) as [temporary]:
+        temporary.write_text(text, encoding="utf-8")

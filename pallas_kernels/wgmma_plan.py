@@ -1,0 +1,220 @@
+"""How `wgmma_mosaic` cuts a product into blocks: what it can run, tile sizes, the order of tiles.
+
+Letters: M rows, K input and N output features, m codebooks, b bits a code, v weights a code,
+g weights a scale. A strip is the 64 columns of a warpgroup, a step is 64 along K.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from jaxcodec.spec import CodebookSpec
+
+K_TILE = 64  # float16 values in the 128 bytes that the TMA swizzles
+STRIP = 64  # output features of a warpgroup, the fixed size of wgmma
+SMS = 132  # of an H100 and an H200
+SHARED_BYTES = 227 * 1024  # that a block of Hopper may use
+TABLE_ROW = 128  # bytes over which a codebook vector is repeated: 4 for each lane of a warp
+MIN_N = 8  # the TMA copies multiples of 16 bytes
+# Rows and strips of a block that its registers hold: rows / 2 sums, 32 of two fragments, and those
+# that gather. More strips read x fewer times, more rows use a fragment more often.
+BLOCKS = ((32, 2), (32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3), (256, 2))
+# Registers of a thread that gathers, by the strips of a block. setmaxnreg only moves what the
+# block has from its start: 168, 128 and 96 a thread, times the threads of strips + 1 warpgroups.
+REGISTERS = {2: 240, 3: 160, 4: 112}
+PRODUCER_REGISTERS = 24
+SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
+MIN_SPLIT_K = 256  # less would not fill the rings
+MAX_STAGES = 10
+CANDIDATES = 12
+# Rows of x that all columns pass before the next rows: of the 50 MB of L2 they may take 16, because
+# each half of the L2 keeps its own copy.
+BAND_BYTES = 16 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one call is cut into blocks.
+
+    Attributes:
+      rows: rows of x in a block, the n of wgmma (32, 64, 128 or 256).
+      strips: warpgroups of 64 columns in a block (2 to 4).
+      stages: steps of 64 along K in the rings of shared memory (at least 2).
+      splits: parts of K that are summed after the kernel.
+      cluster: blocks that share a tile of x and load it once (1 or 2).
+    """
+
+    rows: int
+    strips: int
+    stages: int
+    splits: int = 1
+    cluster: int = 1
+
+
+def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
+    """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
+
+    It runs b = 2, 4 and 8 where a packed word spans at most 64 weights and g is 16, 32 or a
+    multiple of 64, with x in bfloat16 or float16.
+    """
+    g, word = spec.group_size, spec.vector_length * spec.codes_per_word
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"its tensor cores multiply float16, and x is {jnp.dtype(dtype)}"
+    if spec.bits > 8:
+        return f"its table holds at most 2**8 vectors a codebook, and {spec} has b = {spec.bits}"
+    if word > K_TILE:
+        return f"a packed word must span at most {K_TILE} weights, and one of {spec} spans {word}"
+    if g % K_TILE and g not in (16, 32):
+        return f"g must be 16, 32 or a multiple of {K_TILE}, and {spec} has g = {g}"
+    if M < 1:
+        return f"it needs at least one row of x, got M = {M}"
+    if N < MIN_N:
+        return f"it needs at least {MIN_N} output features, got N = {N}"
+    if K % 8:
+        return f"the copies of x need K to be a multiple of 8, got K = {K}"
+    return None
+
+
+def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
+    """The tile sizes for x [M, K] and a `spec` weight [K, N] on a device never tuned."""
+    return candidates(M, K, N, spec)[0]
+
+
+def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
+    """What is worth timing for x [M, K] and a `spec` weight [K, N], the heuristic's choice first.
+
+    N is the sum over weights that share a launch.
+    """
+    found = []
+    splits = [n for n in SPLITS if n == 1 or K >= n * MIN_SPLIT_K]
+    # Wide blocks were slower than their estimate where several share the columns.
+    blocks = [(rows, strips) for rows, strips in BLOCKS if strips == 2 or rows >= M]
+    for (rows, strips), split, cluster in itertools.product(blocks, splits, (1, 2)):
+        tiles = fitting(Tiling(rows, strips, MAX_STAGES, split, cluster), spec)
+        if tiles.stages >= 2:
+            found.append(tiles)
+    return sorted(found, key=lambda tiles: _microseconds(tiles, M, K, N, spec))[:CANDIDATES]
+
+
+def fitting(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> Tiling:
+    """The same tiles with no more stages than shared memory holds."""
+    stages = tiles.stages
+    while shared_bytes(dataclasses.replace(tiles, stages=stages), spec, scale_bytes) > SHARED_BYTES:
+        stages -= 1
+    return dataclasses.replace(tiles, stages=stages)
+
+
+def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int:
+    """Bytes of shared memory that a block takes, at most."""
+    columns = tiles.strips * STRIP
+    x = tiles.rows * K_TILE * 2
+    codes = spec.num_codebooks * word_rows(spec) * columns * 4
+    scales = scale_rows(spec) * columns * scale_bytes
+    factors = 2 * tiles.rows * 4
+    results = tiles.strips * 2 * STRIP // 2 * 128  # two buffers of half a strip's width in rows
+    padding = 4096  # each ring begins at a multiple of 1024; barriers take less than that
+    table = 2 * int(np.prod(table_shape(spec)))
+    return table + tiles.stages * (x + codes + scales) + factors + results + padding
+
+
+def table_shape(spec: CodebookSpec) -> tuple[int, int, int, int]:
+    """[pair of codebooks, code, codebook of the pair, 64 values]: 256 bytes for each code."""
+    return pl.cdiv(spec.num_codebooks, 2), spec.codebook_size, 2, TABLE_ROW // 2
+
+
+def word_rows(spec: CodebookSpec) -> int:
+    """Packed words along K in a step."""
+    return K_TILE // (spec.vector_length * spec.codes_per_word)
+
+
+def scale_rows(spec: CodebookSpec) -> int:
+    """Scales along K in a step."""
+    return max(1, K_TILE // spec.group_size)
+
+
+def _microseconds(tiles: Tiling, M: int, K: int, N: int, spec: CodebookSpec) -> float:
+    """About the time of the kernel and of the sum over splits on an H100, to sort tilings by."""
+    plan = Plan.of(M, K, [N], tiles)
+    rows, strips = tiles.rows, tiles.strips
+    tensor_cores = 2 * rows * strips  # cycles of a step
+    # Cycles of shared memory: lookups, x read by wgmma, x and words as they are copied and read.
+    memory = 64 * spec.num_codebooks * strips + rows * strips + rows + 16 * strips
+    # Fitted to times at 4096x4096, 4096x14336 and 8192x28672, M = 64 to 4096.
+    step = max(tensor_cores + 75, 1.02 * memory + 110)
+    step += (tiles.cluster - 1) * (-10 if rows == 256 else 10)  # waiting costs, less traffic pays
+    waves = pl.cdiv(plan.total, plan.blocks)
+    kernel = 3 + waves * (plan.steps * step / 1755 + 0.6 + 0.005 * rows)
+    if tiles.splits == 1:
+        return kernel
+    megabytes = tiles.splits * M * N * 4 / 1e6
+    return kernel + 1 + 0.2 * megabytes + 0.2 * max(0, megabytes - 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the shapes and the tiling fix: sizes of a block, and which tile comes when.
+
+    Attributes:
+      steps: steps along K of a tile, an even number: two fragments alternate.
+      stages: slots of a ring.
+      columns: columns of a block.
+      row_tiles: tiles along M.
+      starts: of each weight its first tile along N, counted through all, and their number.
+      band: tiles along M that pass all columns together.
+      tiles: the tiling.
+    """
+
+    steps: int
+    stages: int
+    columns: int
+    row_tiles: int
+    starts: tuple[int, ...]
+    band: int
+    tiles: Tiling
+
+    @classmethod
+    def of(cls, M: int, K: int, Ns: Sequence[int], tiles: Tiling) -> "Plan":
+        """The plan for x [M, K] and weights [K, N_i]."""
+        steps = 2 * pl.cdiv(K, 2 * K_TILE * tiles.splits)
+        columns = tiles.strips * STRIP
+        row_tiles = pl.cdiv(M, tiles.rows)
+        band = max(1, min(row_tiles, BAND_BYTES // (2 * K * tiles.rows)))
+        starts = np.cumsum([0] + [pl.cdiv(N, columns * tiles.cluster) for N in Ns])
+        # With more, the factors of a tile could be overwritten before the tile is stored.
+        stages = min(tiles.stages, steps)
+        return cls(steps, stages, columns, row_tiles, tuple(map(int, starts)), band, tiles)
+
+    @property
+    def total(self) -> int:
+        """Tiles, those of a cluster counted as one."""
+        return self.tiles.splits * self.row_tiles * self.starts[-1]
+
+    @property
+    def blocks(self) -> int:
+        """Clusters in the grid: each walks every `blocks`-th tile."""
+        return min(self.total, SMS // self.tiles.cluster)
+
+    def slot(self, step):
+        """Where in a ring a step lies."""
+        return jax.lax.rem(step, self.stages)
+
+    def place(self, block, i, peer):
+        """Weight, part of K, first row and first column of the i-th tile of a block."""
+        per_split = self.row_tiles * self.starts[-1]
+        per_band = self.band * self.starts[-1]
+        tile = block + i * self.blocks
+        split, tile = jax.lax.div(tile, per_split), jax.lax.rem(tile, per_split)
+        first, tile = jax.lax.div(tile, per_band) * self.band, jax.lax.rem(tile, per_band)
+        height = jnp.minimum(self.band, self.row_tiles - first)
+        row, column = first + jax.lax.rem(tile, height), jax.lax.div(tile, height)
+        weight, start = 0, 0
+        for begin, end in itertools.pairwise(self.starts[:-1]):
+            weight += (column >= end).astype(jnp.int32)
+            start += (column >= end).astype(jnp.int32) * (end - begin)
+        column = ((column - start) * self.tiles.cluster + peer) * self.columns
+        return weight, split, row * self.tiles.rows, column

@@ -1,0 +1,59 @@
+"""A product split over a mesh equals the product on one device, and moves no weight."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jaxcodec.pallas_kernels.matmul import codebook_matmuls
+from jaxcodec.pallas_kernels.reference import reference
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
+
+needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="a mesh of 2 x 2 devices")
+K, NS = 512, (256, 128)
+
+
+def place(mesh, array, *names):
+    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(*names)))
+
+
+def split(mesh, w, axis):
+    k, n = ("model", None) if axis == "K" else (None, "model")
+    scales_k = k if w.scales.shape[0] > 1 else None
+    return CodebookTensor(
+        place(mesh, w.codes, None, k, n),
+        place(mesh, w.codebooks),
+        place(mesh, w.scales, scales_k, n),
+    )
+
+
+@needs_four
+@pytest.mark.parametrize("axis", ["N", "K"])
+# Groups above, as, and below a packed word, and all of K in a group.
+@pytest.mark.parametrize("text", ["m2v8g128", "m2v8g32", "m2v8g8", "m1v4g512"])
+def test_split_equals_whole(text, axis):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    spec = CodebookSpec.parse(text)
+    whole = [random_codebook_tensor(jax.random.key(N), spec, K, N, "float32") for N in NS]
+    weights = [split(mesh, w, axis) for w in whole]
+    x = jax.random.normal(jax.random.key(1), (4, K))
+    x_split = place(mesh, x, "data", "model" if axis == "K" else None)
+    multiply = jax.jit(codebook_matmuls)
+    ys = multiply(x_split, weights)
+    for y, w in zip(ys, whole, strict=True):
+        np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
+        assert y.sharding.spec[0] == "data"
+    compiled = multiply.lower(x_split, weights).compile().as_text() or ""
+    assert "all-gather" not in compiled
+    assert ("all-reduce" in compiled) == (axis == "K")
+
+
+@needs_four
+def test_groups_that_the_devices_do_not_divide_are_gathered():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    w = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse("m1v2g48"), 96, 64, "float32")
+    x = jax.random.normal(jax.random.key(1), (3, 96))
+    split_x = place(mesh, x, None, "model")
+    (y,) = jax.jit(lambda x, w: codebook_matmuls(x, [w]))(split_x, w)
+    np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
