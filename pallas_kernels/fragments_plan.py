@@ -376,9 +376,9 @@ def _tilings(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     found = {}
     warpgroups = WARPGROUPS if M <= 32 else WARPGROUPS // 2  # 128 or 255 registers a thread
     for groups in (warpgroups, warpgroups // 2):
-        choices = itertools.product(range(1, 4 * groups + 1), (1, 2), (1, 2, 4))
-        for columns, width, k_blocks in choices:
-            base = Tiling(columns, 4 * groups // columns, width, k_blocks, STAGES, 2, 1, groups)
+        # Clusters of 4 took twice as long as one block on the H100, and two tiles a warp no less.
+        for columns, k_blocks in itertools.product(range(1, 4 * groups + 1), (1, 2)):
+            base = Tiling(columns, 4 * groups // columns, 1, k_blocks, STAGES, 2, 1, groups)
             plan = Plan(
                 M, K, spec.num_codebooks, v, codes, spec.group_size, *3 * (jnp.bfloat16,), base
             )

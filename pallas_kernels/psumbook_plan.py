@@ -19,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxcodec.spec import CodebookSpec
 
 WARP, WARPGROUP = 32, 128
+WIDEST = 14336  # columns of a block at most: 28 sums a thread still fit in its registers
 QUAD = 4  # segments, whose entries share a row of the table
 TABLE_BYTES = 192 * 1024  # of the 227 KiB that a block may have: x and maxima need the rest
 MULTIPROCESSORS = 132  # of an H100
@@ -248,4 +249,12 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     """Tilings worth timing, the one of `tiling` first; raises as `tiling` does."""
     if reason := refusal(M, K, N, spec, jnp.dtype(jnp.float32)):
         raise NotImplementedError(f"The Mosaic Psumbook kernel cannot run: {reason}.")
-    return [Tiling(4, 4, 7, 1, 32, 3, 128)]
+    width = pl.cdiv(N, pl.cdiv(N, WIDEST))  # columns of a block, near enough
+    warpgroups = 4 if width > 1024 else 2
+    chunks = pl.cdiv(width, 4 * WARPGROUP * warpgroups)
+    row_bytes = 8 * spec.codes_per_word // QUAD * spec.num_codebooks * spec.codebook_size
+    copies = next(copies for copies in (32, 16, 8, 4) if row_bytes * copies <= TABLE_BYTES)
+    return [
+        Tiling(warpgroups, 4, chunks, 1, copies, ahead, MULTIPROCESSORS)
+        for ahead in ((3, 4, 2) if chunks > 2 else (2, 3))
+    ]

@@ -24,7 +24,7 @@ from jaxcodec.spec import CodebookSpec
 # Rows up to which the kernels won on the H100 where nothing else is known; see the figure of time
 # against rows in docs/kernels.md.
 GATHER_ROWS = 1
-FRAGMENT_ROWS = 32
+FRAGMENT_ROWS = 16
 # A float32 x has no tensor cores: the gather reads the codes again for each 4 rows, and stays
 # ahead of writing a float32 weight to memory up to this many.
 FLOAT32_ROWS = 8
