@@ -15,24 +15,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcodec.pallas_kernels import fragments_mosaic, psumbook_mosaic, tuning, wgmma_mosaic
+from jaxcodec.pallas_kernels import fragments, psumbook, tuning, wgmma
 from jaxcodec.pallas_kernels.partitioning import partitioned
-from jaxcodec.pallas_kernels.reference import dequantized, psumbook, reference
+from jaxcodec.pallas_kernels.reference import dequantized, reference
+from jaxcodec.pallas_kernels.reference import psumbook as psumbook_reference
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import FLOAT_DTYPES, CodebookTensor
 
 Weights = tuple[CodebookTensor, ...]
 
-# Kernels for Hopper GPUs, each a module with refusal, tiling, candidates and matmul.
+# Kernels for Hopper GPUs, each a package with refusal, tiling, candidates and matmul.
 KERNELS: dict[str, ModuleType] = {
-    "psumbook_mosaic": psumbook_mosaic,
-    "fragments_mosaic": fragments_mosaic,
-    "wgmma_mosaic": wgmma_mosaic,
+    "psumbook_mosaic": psumbook,
+    "fragments_mosaic": fragments,
+    "wgmma_mosaic": wgmma,
 }
 PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "reference": reference,
     "dequantize": dequantized,
-    "psumbook": psumbook,
+    "psumbook": psumbook_reference,
 }
 IMPLEMENTATIONS = (*KERNELS, *PLAIN)
 HOPPER = 9.0  # compute capability

@@ -1,4 +1,4 @@
-"""What the per-thread primitives of `wgmma_threads` mean, in plain jnp, for the interpreter.
+"""What the per-thread primitives of `wgmma.threads` mean, in plain jnp, for the interpreter.
 
 Each function has the signature of its namesake there. Fragments and sums have the columns of a
 strip in their order here, and in the order of a fragment's registers there.
@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcodec.pack import unpack_codes
-from jaxcodec.pallas_kernels.wgmma_plan import K_TILE, STRIP, TABLE_ROW
+from jaxcodec.pallas_kernels.wgmma.plan import K_TILE, STRIP, TABLE_ROW
 from jaxcodec.spec import CodebookSpec
 
 WARPGROUP = 128

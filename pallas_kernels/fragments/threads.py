@@ -1,7 +1,7 @@
 """The per-thread primitives of `fragments_mosaic`, which Pallas cannot express.
 
-Each has a twin of the same name and meaning in `fragments_interpreted`. Words are those of
-`fragments_plan`. Thread 4 g + q of a warp has columns 4 g to 4 g + 3 of the words that it copies,
+Each has a twin of the same name and meaning in `fragments.interpreted`. Words are those of
+`fragments.plan`. Thread 4 g + q of a warp has columns 4 g to 4 g + 3 of the words that it copies,
 and in the sums columns 8 q to 8 q + 7 of rows g, g + 8, ...
 """
 
@@ -18,7 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, scf, vector
 
 from jaxcodec.pallas_kernels import lanes
-from jaxcodec.pallas_kernels.fragments_plan import (
+from jaxcodec.pallas_kernels.fragments.plan import (
     COLUMNS,
     COPY_BYTES,
     ENTRIES,

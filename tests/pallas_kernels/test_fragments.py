@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-from jaxcodec.pallas_kernels import fragments_interpreted, fragments_mosaic
-from jaxcodec.pallas_kernels.fragments_mosaic import Tiling, candidates, refusal, tiling
+from jaxcodec.pallas_kernels import fragments
+from jaxcodec.pallas_kernels.fragments import Tiling, candidates, refusal, tiling
+from jaxcodec.pallas_kernels.fragments import interpreted as twins
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B
 from jaxcodec.spec import CodebookSpec
@@ -53,7 +54,7 @@ def operands(spec, M, K, Ns, dtype=jnp.bfloat16, book_dtype=None):
 
 def multiply(x, weights, tiles, out_dtype=jnp.float32, interpret=INTERPRET):
     call = functools.partial(
-        fragments_mosaic.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret
+        fragments.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret
     )
     return jax.jit(call)(x, weights)
 
@@ -131,7 +132,7 @@ def test_no_races(name):
     ("barrier", "name"), [("sync_block", "several_weights"), ("sync_cluster", "a_cluster")]
 )
 def test_the_race_detector_sees_a_missing_barrier(monkeypatch, barrier, name):
-    monkeypatch.setattr(fragments_interpreted, barrier, lambda _: None)
+    monkeypatch.setattr(twins, barrier, lambda _: None)
     interpreted(name)
     assert get_races().races_found
 
@@ -160,7 +161,7 @@ def test_weights_of_one_launch_are_alike():
     x, (w,) = operands("m1v4g128", 1, 256, (64,))
     _, (other,) = operands("m1v4g64", 1, 256, (64,))
     with pytest.raises(ValueError, match="m1v4g64"):
-        fragments_mosaic.matmul(x, [w, other])
+        fragments.matmul(x, [w, other])
 
 
 @pytest.mark.parametrize("M", [1, 4, 8, 16, 32, 33, 64])
@@ -191,7 +192,7 @@ def test_lowers_for_cuda_without_a_gpu(shape, spec, M):
     make = lambda key: random_codebook_tensor(key, CodebookSpec.parse(spec), K, N)
     w = jax.eval_shape(make, jax.random.key(0))
     x = jax.ShapeDtypeStruct((M, K), jnp.bfloat16)
-    text = lowered(lambda x, w: fragments_mosaic.matmul(x, [w, w]), x, w)
+    text = lowered(lambda x, w: fragments.matmul(x, [w, w]), x, w)
     assert text.count("mosaic_gpu") >= 1
     assert "codebook_fragments" in text
 
@@ -199,4 +200,4 @@ def test_lowers_for_cuda_without_a_gpu(shape, spec, M):
 def test_lowers_every_case():
     for *shapes, tiles in CASES.values():
         x, weights = jax.eval_shape(functools.partial(operands, *shapes))
-        lowered(functools.partial(fragments_mosaic.matmul, tiles=tiles), x, weights)
+        lowered(functools.partial(fragments.matmul, tiles=tiles), x, weights)

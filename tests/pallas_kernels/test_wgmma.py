@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-from jaxcodec.pallas_kernels import wgmma_interpreted, wgmma_mosaic, wgmma_plan
+from jaxcodec.pallas_kernels import wgmma
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B
-from jaxcodec.pallas_kernels.wgmma_mosaic import Tiling
+from jaxcodec.pallas_kernels.wgmma import Tiling, interpreted, plan
+from jaxcodec.pallas_kernels.wgmma.kernel import half_rows
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, dequantize, random_codebook_tensor
 
@@ -22,7 +23,7 @@ TOLERANCE = 5e-4
 
 @functools.partial(jax.jit, static_argnames=("tiles", "out_dtype"))
 def matmul(x, weights, tiles=SMALL, out_dtype=jnp.float32):
-    return wgmma_mosaic.matmul(x, weights, tiles=tiles, interpret=INTERPRET, out_dtype=out_dtype)
+    return wgmma.matmul(x, weights, tiles=tiles, interpret=INTERPRET, out_dtype=out_dtype)
 
 
 def operands(text, M, K, N, dtype=jnp.bfloat16, seed=3):
@@ -84,10 +85,10 @@ def test_every_kind_of_tile(text, M, K, N, tiles):
 
 
 def test_a_block_walks_several_tiles(monkeypatch):
-    monkeypatch.setattr(wgmma_plan, "SMS", 3)
+    monkeypatch.setattr(plan, "SMS", 3)
     x, w = operands("m2v8g128", 130, 128, 392)
     # Not `matmul`, which may have this shape compiled for another grid.
-    call = functools.partial(wgmma_mosaic.matmul, tiles=SMALL, interpret=INTERPRET)
+    call = functools.partial(wgmma.matmul, tiles=SMALL, interpret=INTERPRET)
     [y] = jax.jit(call)(x, [w])
     assert relative_error(y, exact(x, w)) < TOLERANCE
     if INTERPRET:
@@ -124,7 +125,7 @@ def test_scales_as_small_and_as_large_as_a_weight_may_have():
 @pytest.mark.parametrize("K", [1024, 384, 72])
 def test_rows_are_scaled_exactly(K):
     x = jax.random.normal(jax.random.key(1), (5, K), jnp.bfloat16) * 3e-5
-    rows, factors = wgmma_mosaic.half_rows(x, INTERPRET)
+    rows, factors = half_rows(x, INTERPRET)
     np.testing.assert_array_equal(rows.astype(jnp.float32) * factors[:, None], x)
     largest = jnp.max(jnp.abs(rows), axis=1)
     assert jnp.all((largest >= 2.0**14) & (largest < 2.0**15))
@@ -152,9 +153,9 @@ def test_the_same_call_gives_the_same_bits():
 
 @pytest.mark.skipif(not INTERPRET, reason="The interpreter looks for races.")
 def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
-    monkeypatch.setattr(wgmma_interpreted, "commit_reads", lambda: None)
+    monkeypatch.setattr(interpreted, "commit_reads", lambda: None)
     x, w = operands("m1v4g128", 8, 512, 128)
-    jax.jit(functools.partial(wgmma_mosaic.matmul, tiles=SMALL, interpret=True))(x, [w])[
+    jax.jit(functools.partial(wgmma.matmul, tiles=SMALL, interpret=True))(x, [w])[
         0
     ].block_until_ready()
     assert get_races().races_found
@@ -174,7 +175,7 @@ def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
     ],
 )
 def test_refusals_name_the_number(M, K, N, spec, dtype, reason):
-    refusal = wgmma_mosaic.refusal(M, K, N, CodebookSpec.parse(spec), dtype)
+    refusal = wgmma.refusal(M, K, N, CodebookSpec.parse(spec), dtype)
     assert refusal is not None
     assert reason in refusal
 
@@ -182,7 +183,7 @@ def test_refusals_name_the_number(M, K, N, spec, dtype, reason):
 def test_matmul_raises_what_refusal_says():
     x, w = operands("m1v4g128", 8, 128, 128, jnp.float32)
     with pytest.raises(NotImplementedError, match="float32"):
-        wgmma_mosaic.matmul(x, [w], interpret=INTERPRET)
+        wgmma.matmul(x, [w], interpret=INTERPRET)
 
 
 @pytest.mark.parametrize("M", [1, 16, 64, 100, 128, 256, 512, 1024, 4096])
@@ -190,14 +191,14 @@ def test_matmul_raises_what_refusal_says():
 def test_tiles_fit_real_shapes(spec, M):
     spec = CodebookSpec.parse(spec)
     for K, N in [*LLAMA_8B.values(), *LLAMA_70B.values(), (4096, 8)]:
-        found = wgmma_mosaic.candidates(M, K, N, spec)
-        assert found[0] == wgmma_mosaic.tiling(M, K, N, spec)
+        found = wgmma.candidates(M, K, N, spec)
+        assert found[0] == wgmma.tiling(M, K, N, spec)
         assert 1 <= len(set(found)) == len(found) <= 12
         for tiles in found:
-            assert wgmma_plan.shared_bytes(tiles, spec) <= wgmma_plan.SHARED_BYTES
+            assert plan.shared_bytes(tiles, spec) <= plan.SHARED_BYTES
             assert tiles.stages >= 2
             # Accumulators, two fragments and what gathers them.
-            assert tiles.rows // 2 + 64 <= wgmma_plan.REGISTERS[tiles.strips]
+            assert tiles.rows // 2 + 64 <= plan.REGISTERS[tiles.strips]
 
 
 def lowered(f, *arguments):
@@ -211,7 +212,7 @@ def test_lowers_for_cuda_without_a_gpu(spec, dtype, M):
     K, N = LLAMA_8B["llama_8b_gate_up"]
     make = lambda key: random_codebook_tensor(key, CodebookSpec.parse(spec), K, N, dtype)
     w = jax.eval_shape(make, jax.random.key(0))
-    call = functools.partial(wgmma_mosaic.matmul, out_dtype=dtype)
+    call = functools.partial(wgmma.matmul, out_dtype=dtype)
     text = lowered(call, jax.ShapeDtypeStruct((M, K), dtype), [w, w])
     assert "wgmma_matmul" in text
     assert ("half_rows" in text) == (dtype == jnp.bfloat16)
@@ -219,5 +220,5 @@ def test_lowers_for_cuda_without_a_gpu(spec, dtype, M):
 
 def test_clusters_lower_for_cuda():
     x, w = operands("m2v8g128", 256, 256, 256)
-    call = functools.partial(wgmma_mosaic.matmul, tiles=Tiling(256, 2, 4, cluster=2))
+    call = functools.partial(wgmma.matmul, tiles=Tiling(256, 2, 4, cluster=2))
     assert "wgmma_matmul" in lowered(call, x, [w])

@@ -1,6 +1,6 @@
 """What the Psumbook kernel does per CUDA thread, because Pallas has no gather.
 
-Each function here is one Mosaic GPU primitive; `psumbook_interpreted` has its twin in plain Pallas.
+Each function here is one Mosaic GPU primitive; `psumbook.interpreted` has its twin in plain Pallas.
 Refs of several matrices come as tuples, with a scalar `matrix` that says whose is meant.
 """
 
@@ -32,7 +32,7 @@ from jaxcodec.pallas_kernels.lanes import (
     smaller,
     vec,
 )
-from jaxcodec.pallas_kernels.psumbook_plan import (
+from jaxcodec.pallas_kernels.psumbook.plan import (
     LARGEST,
     QUAD,
     SMALLEST,

@@ -32,8 +32,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcodec.pallas_kernels import wgmma_interpreted, wgmma_threads
-from jaxcodec.pallas_kernels.wgmma_plan import (
+from jaxcodec.pallas_kernels.wgmma import interpreted, threads
+from jaxcodec.pallas_kernels.wgmma.plan import (
     K_TILE,
     MIN_N,
     PRODUCER_REGISTERS,
@@ -49,7 +49,7 @@ from jaxcodec.pallas_kernels.wgmma_plan import (
     tiling,
     word_rows,
 )
-from jaxcodec.pallas_kernels.wgmma_threads import STEPS, SWIZZLED
+from jaxcodec.pallas_kernels.wgmma.threads import STEPS, SWIZZLED
 from jaxcodec.tensor import CodebookTensor
 
 __all__ = ["Tiling", "candidates", "matmul", "refusal", "tiling"]
@@ -121,7 +121,7 @@ def half_rows(x: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Arr
         return (x.astype(jnp.float32) * up[:, None]).astype(jnp.float16), down
     layout = plgpu.Layout.WG_STRIDED((chunk,), vec_size=chunk // 128)
     spans = [pl.ds(i * chunk, chunk) for i in range(K // chunk)]
-    threads = wgmma_interpreted if interpret else wgmma_threads
+    primitives = interpreted if interpret else threads
 
     def half_rows(x_ref, rows_ref, factors_ref):
         row = jax.lax.axis_index("row")
@@ -132,7 +132,7 @@ def half_rows(x: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Arr
         for span, value in zip(spans, values, strict=True):
             value = value if K <= 128 * HELD_VALUES else load(span)
             rows_ref[row, span] = (value.astype(jnp.float32) * up).astype(jnp.float16)
-        threads.store_scalar(factors_ref.at[pl.ds(row, 1)], down)
+        primitives.store_scalar(factors_ref.at[pl.ds(row, 1)], down)
 
     out_types = (jax.ShapeDtypeStruct((M, K), jnp.float16), jax.ShapeDtypeStruct((M,), jnp.float32))
     kernel = plgpu.kernel(
@@ -175,7 +175,7 @@ def _kernel(
     steps, stages, slot = plan.steps, plan.stages, plan.slot
     width = 128 // jnp.dtype(out_dtype).itemsize  # columns of the result that a copy stores
     chunk = width // 2  # rows
-    threads = wgmma_interpreted if interpret else wgmma_threads
+    primitives = interpreted if interpret else threads
 
     def wgmma_matmul(x_ref, factors_ref, weight_refs, *others):
         out_refs, scratch = others[: len(weights)], others[len(weights) :]
@@ -191,31 +191,31 @@ def _kernel(
                 pl.when(weight == n)(functools.partial(do, n, *refs))
 
         def free(step):
-            threads.commit_reads()
+            primitives.commit_reads()
             plgpu.barrier_arrive(empty.at[slot(step)])
 
         def advance(step, carry):
             """Multiply the fragment of a step while that of the next is gathered."""
             total, fragment = carry
-            total = threads.multiply(total, fragment, x_ring.at[slot(step)], 1)
+            total = primitives.multiply(total, fragment, x_ring.at[slot(step)], 1)
             plgpu.wgmma_wait(1)
             free(step + stages - 1)  # the slot of the step before
             after = slot(step + 1)
             plgpu.barrier_wait(full.at[after])
             refs = x_ring.at[slot(step)], table, code_ring.at[after], scale_ring.at[after]
-            return threads.multiply_and_gather(spec, total, fragment, *refs)
+            return primitives.multiply_and_gather(spec, total, fragment, *refs)
 
         def multiply_tile(first):
             """Sums over the steps that begin with `first`, f32 [64, rows]."""
             at, last = slot(first), first + steps - 1
             plgpu.barrier_wait(full.at[at])
-            fragment = threads.gather(spec, table, code_ring.at[at], scale_ring.at[at])
+            fragment = primitives.gather(spec, table, code_ring.at[at], scale_ring.at[at])
             # Two steps an iteration: the registers of two fragments take turns.
             two = lambda i, carry: advance(first + 2 * i + 1, advance(first + 2 * i, carry))
-            carry = threads.zeros(rows), fragment
+            carry = primitives.zeros(rows), fragment
             carry = jax.lax.fori_loop(0, steps // 2 - 1, two, carry)
             total, fragment = advance(last - 1, carry)
-            total = threads.multiply(total, fragment, x_ring.at[slot(last)], STEPS)
+            total = primitives.multiply(total, fragment, x_ring.at[slot(last)], STEPS)
             plgpu.wgmma_wait(1)
             free(last + stages - 1)
             plgpu.wgmma_wait(0)
@@ -230,7 +230,7 @@ def _kernel(
                 def _():
                     for write in (False, True):  # none may write what another still reads
                         if write:
-                            threads.fill(table, books_ref, strips)
+                            primitives.fill(table, books_ref, strips)
                         plgpu.barrier_arrive(filled)
                         plgpu.barrier_wait(filled)
 
@@ -240,7 +240,7 @@ def _kernel(
             for i in range(rows // chunk):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 staged = out_ring.at[warpgroup, i % 2]
-                threads.stage(total, i * chunk, factors, staged)
+                primitives.stage(total, i * chunk, factors, staged)
                 plgpu.commit_smem()
 
                 def copy(n, *_, i=i, staged=staged):

@@ -24,8 +24,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcodec.pallas_kernels import fragments_interpreted, fragments_threads
-from jaxcodec.pallas_kernels.fragments_plan import (
+from jaxcodec.pallas_kernels.fragments import interpreted, threads
+from jaxcodec.pallas_kernels.fragments.plan import (
     ENTRIES,
     Plan,
     Tiling,
@@ -124,7 +124,7 @@ def joined_codebooks(codebooks: jax.Array, spec: CodebookSpec) -> jax.Array:
 
 def _kernel(x, operands, plan: Plan, out_dtype, interpret: bool) -> list[jax.Array]:
     tiles, count = plan.tiles, len(operands)
-    primitives = fragments_interpreted if interpret else fragments_threads
+    primitives = interpreted if interpret else threads
     blocks = [pl.cdiv(scales.shape[1], plan.block_columns) for _, _, scales in operands]
     starts = [sum(blocks[:i]) for i in range(count)]
 

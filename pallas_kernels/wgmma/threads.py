@@ -1,6 +1,6 @@
 """What `wgmma_mosaic` does that Pallas has no operation for, written per CUDA thread.
 
-Each function is one primitive of a warpgroup; `wgmma_interpreted` has its twin in jnp. Between
+Each function is one primitive of a warpgroup; `wgmma.interpreted` has its twin in jnp. Between
 them, row 16 w + 8 h + l of a fragment [64, 64] is column 16 w + 2 l + h of the strip (w a warp,
 l the lane // 4), so that a lane holds neighbouring columns, and K is in its order.
 
@@ -24,7 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, nvvm, vector
 
 from jaxcodec.pallas_kernels.lanes import add, at, below, c, div, f32, i32, mul, rem, vec
-from jaxcodec.pallas_kernels.wgmma_plan import K_TILE, STRIP, TABLE_ROW
+from jaxcodec.pallas_kernels.wgmma.plan import K_TILE, STRIP, TABLE_ROW
 from jaxcodec.spec import CodebookSpec
 
 STEPS = K_TILE // 16

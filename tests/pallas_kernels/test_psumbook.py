@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 
-from jaxcodec.pallas_kernels import psumbook_interpreted, psumbook_mosaic
-from jaxcodec.pallas_kernels.psumbook_mosaic import Tiling, candidates, refusal, tiling
-from jaxcodec.pallas_kernels.psumbook_plan import TABLE_BYTES, Plan
+from jaxcodec.pallas_kernels import psumbook
+from jaxcodec.pallas_kernels.psumbook import Tiling, candidates, refusal, tiling
+from jaxcodec.pallas_kernels.psumbook import interpreted as twins
+from jaxcodec.pallas_kernels.psumbook.plan import TABLE_BYTES, Plan
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B, LLAMA_70B_TOGETHER
 from jaxcodec.spec import CodebookSpec
@@ -54,9 +55,7 @@ def operands(spec, M, K, Ns, dtype=jnp.bfloat16):
 
 
 def multiply(x, weights, tiles, out_dtype=jnp.float32, interpret=INTERPRET):
-    call = functools.partial(
-        psumbook_mosaic.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret
-    )
+    call = functools.partial(psumbook.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret)
     return jax.jit(call)(x, weights)
 
 
@@ -118,7 +117,7 @@ def test_no_races(name):
 
 
 def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
-    monkeypatch.setattr(psumbook_interpreted, "sync", lambda barrier: None)
+    monkeypatch.setattr(twins, "sync", lambda barrier: None)
     interpreted("two_books")
     assert get_races().races_found
 
@@ -161,7 +160,7 @@ def test_refusals_name_the_number(M, K, N, spec, reason):
 def test_a_matmul_refuses_too():
     x, weights = operands("m2v8g128", 1, 256, (64,))
     with pytest.raises(NotImplementedError, match="M = 0"):
-        psumbook_mosaic.matmul(x[:0], weights)
+        psumbook.matmul(x[:0], weights)
 
 
 @pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m3v4g32", "m4v8g128", "m2v4b4g128"])
@@ -198,7 +197,7 @@ def test_lowers_for_cuda_without_a_gpu(Ns, spec, dtype):
         jax.random.key(0),
     )
     x = jax.ShapeDtypeStruct((2, 4096), dtype)
-    call = functools.partial(psumbook_mosaic.matmul, out_dtype=dtype)
+    call = functools.partial(psumbook.matmul, out_dtype=dtype)
     text = lowered(call, x, [make(N) for N in Ns])
     assert "psumbook_partial_sums" in text
     assert text.count("mosaic_gpu") >= 2

@@ -40,8 +40,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcodec.pallas_kernels import psumbook_interpreted, psumbook_threads
-from jaxcodec.pallas_kernels.psumbook_plan import (
+from jaxcodec.pallas_kernels.psumbook import interpreted, threads
+from jaxcodec.pallas_kernels.psumbook.plan import (
     QUAD,
     SUM_COLUMNS,
     SUM_WARPGROUPS,
@@ -107,7 +107,7 @@ def _partial_sums(
     Blocks lie matrix by matrix, then by columns, then by tiles.
     """
     count = len(weights)
-    threads = psumbook_interpreted if interpret else psumbook_threads
+    primitives = interpreted if interpret else threads
 
     def psumbook_partial_sums(x_ref, *refs):
         codes, codebooks, scales = (refs[i * count : (i + 1) * count] for i in range(3))
@@ -124,36 +124,36 @@ def _partial_sums(
             """Words and scales of the chunk that comes `ahead` chunks after the first of `tile`."""
             tile += ahead // plan.chunks
             start = column(ahead % plan.chunks)
-            return threads.load(plan, codes, scales, matrix, tile, start, tile < last)
+            return primitives.load(plan, codes, scales, matrix, tile, start, tile < last)
 
-        vectors = threads.vectors(plan, codebooks, matrix, warpgroup)
+        vectors = primitives.vectors(plan, codebooks, matrix, warpgroup)
         held = tuple(load(first, d) for d in range(plan.ahead))
         window = jnp.minimum(first * plan.features, x.shape[1] - plan.window)
         for begin in range(0, plan.window, plan.threads):
             part = begin + warpgroup * WARPGROUP
             _copy_features(x_ref.at[row], window, features, part)
-        threads.sync(barrier)
+        primitives.sync(barrier)
 
         def products(tile):
             own = pl.ds(tile * plan.features - window, plan.features)
             largest = maxima.at[tile % 2]
-            return threads.products(plan, features.at[own], vectors, largest, warpgroup)
+            return primitives.products(plan, features.at[own], vectors, largest, warpgroup)
 
         def look_up(chunk, words):
             if not plan.ragged:
-                return threads.gather(plan, table, words)
+                return primitives.gather(plan, table, words)
             zeros = plgpu.layout_cast(jnp.zeros((plan.span,), jnp.float32), plan.layout)
             return jax.lax.cond(
                 column(chunk) < width,
-                lambda: threads.gather(plan, table, words),
+                lambda: primitives.gather(plan, table, words),
                 lambda: zeros,
             )
 
         def step(tile, carry):
             sums, held, entries = list(carry[0]), list(carry[1]), carry[2]
-            threads.sync(barrier)  # nobody looks up the last tile any more
-            unit = threads.fill(plan, table, entries, maxima.at[tile % 2], warpgroup)
-            threads.sync(barrier)
+            primitives.sync(barrier)  # nobody looks up the last tile any more
+            unit = primitives.fill(plan, table, entries, maxima.at[tile % 2], warpgroup)
+            primitives.sync(barrier)
             entries = products(jnp.minimum(tile + 1, last - 1))
             for chunk in range(plan.chunks):
                 words, scale = held.pop(0)
@@ -205,7 +205,7 @@ def _copy_features(x_ref, window, features, part) -> None:
 def _summed(partial: jax.Array, plan: Plan, dtype: Any, interpret: bool) -> list[jax.Array]:
     """Add the partial sums of all splits: [M, N_i rounded up] in `dtype` for each matrix."""
     M, count = partial.shape[0], len(plan.widths)
-    threads = psumbook_interpreted if interpret else psumbook_threads
+    primitives = interpreted if interpret else threads
 
     def psumbook_sum(partial_ref, *refs):
         out_refs, (buffer, barrier) = refs[:count], refs[count:]
@@ -219,15 +219,15 @@ def _summed(partial: jax.Array, plan: Plan, dtype: Any, interpret: bool) -> list
         inside = column - across * plan.block_columns
         rounds = pl.cdiv(max(plan.splits), SUM_ROWS)
         own = partial_ref.at[row]
-        sums = threads.sum_splits(own, first, splits, inside, rounds, warpgroup)
+        sums = primitives.sum_splits(own, first, splits, inside, rounds, warpgroup)
         size = SUM_COLUMNS * SUM_ROWS // SUM_WARPGROUPS
         buffer[pl.ds(warpgroup * size, size)] = sums
 
-        threads.sync(barrier)
+        primitives.sync(barrier)
 
         @pl.when(warpgroup == 0)
         def _():
-            threads.write_sums(buffer, [ref.at[row] for ref in out_refs], matrix, column)
+            primitives.write_sums(buffer, [ref.at[row] for ref in out_refs], matrix, column)
 
     widths = [pl.cdiv(N, SUM_COLUMNS) * SUM_COLUMNS for N in plan.widths]
     kernel = _kernel(

@@ -1,4 +1,4 @@
-"""What `psumbook_threads` does per CUDA thread, in plain Pallas, for the interpreter on a CPU.
+"""What `psumbook.threads` does per CUDA thread, in plain Pallas, for the interpreter on a CPU.
 
 The functions take and return what those of the same names do, element for element.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxcodec.pallas_kernels.psumbook_plan import (
+from jaxcodec.pallas_kernels.psumbook.plan import (
     LARGEST,
     QUAD,
     SMALLEST,
