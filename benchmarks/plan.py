@@ -30,12 +30,12 @@ OFFICIAL_ROWS = (2, 8, 64, 512, 4096)  # besides 1, on some shapes
 # Where each kernel is a choice at all.
 KERNEL_ROWS = {
     "psumbook_mosaic": (1, 2, 4, 8),
-    "fragments_mosaic": (1, 8, 32, 128),
-    "wgmma_mosaic": (16, 64, 128, 512, 4096),
+    "mma_mosaic": (1, 8, 16, 32),
+    "wgmma_mosaic": (32, 64, 128, 512, 4096),
     "dequantize": (64, 512, 4096),
 }
 # Where the compile of each kernel is timed, with nothing else running.
-COMPILE_ROWS = {"psumbook_mosaic": 1, "fragments_mosaic": 8, "wgmma_mosaic": 128}
+COMPILE_ROWS = {"psumbook_mosaic": 1, "mma_mosaic": 8, "wgmma_mosaic": 128}
 
 
 def compiled_alone() -> list[Item]:

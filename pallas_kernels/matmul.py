@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcodec.pallas_kernels import fragments, psumbook, tuning, wgmma
+from jaxcodec.pallas_kernels import mma, psumbook, tuning, wgmma
 from jaxcodec.pallas_kernels.partitioning import partitioned
 from jaxcodec.pallas_kernels.reference import dequantized, reference
 from jaxcodec.pallas_kernels.reference import psumbook as psumbook_reference
@@ -27,7 +27,7 @@ Weights = tuple[CodebookTensor, ...]
 # Kernels for Hopper GPUs, each a package with refusal, tiling, candidates and matmul.
 KERNELS: dict[str, ModuleType] = {
     "psumbook_mosaic": psumbook,
-    "fragments_mosaic": fragments,
+    "mma_mosaic": mma,
     "wgmma_mosaic": wgmma,
 }
 PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
@@ -57,7 +57,7 @@ def codebook_matmul(
       w: weight [K, N].
       bias: [N], added before the result is rounded.
       implementation: None lets `choose` pick. By name: "psumbook_mosaic" gathers products of x,
-        "fragments_mosaic" and "wgmma_mosaic" gather codebook vectors into tensor-core operands
+        "mma_mosaic" and "wgmma_mosaic" gather codebook vectors into tensor-core operands
         (all three for Hopper GPUs), "dequantize" multiplies by the weight rounded to x's dtype,
         "reference" does so in float32, "psumbook" is the gather in jnp.
       preferred_element_type: dtype of the result; None for x's.

@@ -24,7 +24,7 @@ from jaxcodec.spec import CodebookSpec
 # Rows up to which the kernels won on the H100 where nothing else is known; see the figure of time
 # against rows in docs/kernels.md.
 GATHER_ROWS = 1
-FRAGMENT_ROWS = 16
+MMA_ROWS = 16
 # A float32 x has no tensor cores: the gather reads the codes again for each 4 rows, and stays
 # ahead of writing a float32 weight to memory up to this many.
 FLOAT32_ROWS = 8
@@ -39,7 +39,7 @@ class Entry:
       K: input features.
       N: output features of each weight of the launch.
       M: rows of x.
-      kernel: module of pallas_kernels, such as `fragments_mosaic`.
+      kernel: module of pallas_kernels, such as `mma_mosaic`.
       tiles: fields of that module's Tiling.
       us: microseconds of kernel time.
     """
@@ -87,12 +87,12 @@ def preferences(M: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]
     """Kernels to try for M rows of a shape that was never measured, the best first."""
     if jnp.dtype(dtype).itemsize == 4:
         return ("psumbook_mosaic",) if M <= FLOAT32_ROWS else ()
-    few = ("fragments_mosaic", "psumbook_mosaic")
+    few = ("mma_mosaic", "psumbook_mosaic")
     # One book of short vectors is looked up as fast as a Psumbook, which must be filled besides.
     gather = M <= GATHER_ROWS and spec.num_codebooks * spec.vector_length > 4
     if gather:
         return few[::-1]
-    if M <= FRAGMENT_ROWS:
+    if M <= MMA_ROWS:
         return (few[0], "wgmma_mosaic")
     return ("wgmma_mosaic",)
 

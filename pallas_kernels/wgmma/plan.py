@@ -1,7 +1,8 @@
-"""How `wgmma_mosaic` cuts a product into blocks: what it can run, tile sizes, the order of tiles.
+"""How the wgmma kernel cuts a product into blocks: what it can run, tile sizes, order of tiles.
 
 Letters: M rows, K input and N output features, m codebooks, b bits a code, v weights a code,
-g weights a scale. A strip is the 64 columns of a warpgroup, a step is 64 along K.
+g weights a scale. A strip is the 64 columns of a warpgroup, a step is what a block passes along K
+at a time: 64 for each of its parts.
 """
 
 import dataclasses
@@ -13,21 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from jaxcodec.pallas_kernels.operands.layout import (
+    K_TILE,
+    SHARED_BYTES,
+    SMS,
+    scale_rows,
+    table_shape,
+    word_rows,
+)
 from jaxcodec.spec import CodebookSpec
 
-K_TILE = 64  # float16 values in the 128 bytes that the TMA swizzles
 STRIP = 64  # output features of a warpgroup, the fixed size of wgmma
-SMS = 132  # of an H100 and an H200
-SHARED_BYTES = 227 * 1024  # that a block of Hopper may use
-TABLE_ROW = 128  # bytes over which a codebook vector is repeated: 4 for each lane of a warp
-MIN_N = 8  # the TMA copies multiples of 16 bytes
-# Rows and strips of a block that its registers hold: rows / 2 sums, 32 of two fragments, and those
-# that gather. More strips read x fewer times, more rows use a fragment more often.
-BLOCKS = ((32, 2), (32, 4), (64, 2), (64, 3), (64, 4), (128, 2), (128, 3), (256, 2))
-# Registers of a thread that gathers, by the strips of a block. setmaxnreg only moves what the
-# block has from its start: 168, 128 and 96 a thread, times the threads of strips + 1 warpgroups.
-REGISTERS = {2: 240, 3: 160, 4: 112}
-PRODUCER_REGISTERS = 24
+# Rows, strips and parts of a block that its registers hold: rows / 2 sums, 32 of two fragments, and
+# those that gather. More strips read x fewer times, more rows use a fragment more often, more parts
+# occupy a multiprocessor where there are few columns.
+BLOCKS = (
+    *((32, 4, 1), (32, 2, 2), (32, 1, 4), (64, 2, 1), (64, 3, 1), (64, 4, 1), (64, 2, 2)),
+    *((128, 2, 1), (128, 3, 1), (256, 2, 1)),
+)
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MIN_SPLIT_K = 256  # less would not fill the rings
 MAX_STAGES = 10
@@ -43,41 +47,30 @@ class Tiling:
 
     Attributes:
       rows: rows of x in a block, the n of wgmma (32, 64, 128 or 256).
-      strips: warpgroups of 64 columns in a block (2 to 4).
-      stages: steps of 64 along K in the rings of shared memory (at least 2).
-      splits: parts of K that are summed after the kernel.
+      strips: of 64 columns in a block.
+      stages: steps along K in the rings of shared memory (at least 2).
+      parts: warpgroups that share a strip and take turns along K; a block has strips * parts of
+        them, at most 4, and adds their sums.
+      splits: parts of K that different blocks take, summed after the kernel.
       cluster: blocks that share a tile of x and load it once (1 or 2).
     """
 
     rows: int
     strips: int
     stages: int
+    parts: int = 1
     splits: int = 1
     cluster: int = 1
 
+    @property
+    def warpgroups(self) -> int:
+        """Those that gather and multiply."""
+        return self.strips * self.parts
 
-def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
-    """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
-
-    It runs b = 2, 4 and 8 where a packed word spans at most 64 weights and g is 16, 32 or a
-    multiple of 64, with x in bfloat16 or float16.
-    """
-    g, word = spec.group_size, spec.vector_length * spec.codes_per_word
-    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-        return f"its tensor cores multiply float16, and x is {jnp.dtype(dtype)}"
-    if spec.bits > 8:
-        return f"its table holds at most 2**8 vectors a codebook, and {spec} has b = {spec.bits}"
-    if word > K_TILE:
-        return f"a packed word must span at most {K_TILE} weights, and one of {spec} spans {word}"
-    if g % K_TILE and g not in (16, 32):
-        return f"g must be 16, 32 or a multiple of {K_TILE}, and {spec} has g = {g}"
-    if M < 1:
-        return f"it needs at least one row of x, got M = {M}"
-    if N < MIN_N:
-        return f"it needs at least {MIN_N} output features, got N = {N}"
-    if K % 8:
-        return f"the copies of x need K to be a multiple of 8, got K = {K}"
-    return None
+    @property
+    def step(self) -> int:
+        """Weights along K in a step."""
+        return self.parts * K_TILE
 
 
 def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
@@ -92,13 +85,24 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     """
     found = []
     splits = [n for n in SPLITS if n == 1 or K >= n * MIN_SPLIT_K]
-    # Wide blocks were slower than their estimate where several share the columns.
-    blocks = [(rows, strips) for rows, strips in BLOCKS if strips == 2 or rows >= M]
-    for (rows, strips), split, cluster in itertools.product(blocks, splits, (1, 2)):
-        tiles = fitting(Tiling(rows, strips, MAX_STAGES, split, cluster), spec)
+    blocks = [block for block in BLOCKS if _suits(*block, M, spec)]
+    for (rows, strips, parts), split, cluster in itertools.product(blocks, splits, (1, 2)):
+        if parts > 1 and cluster > 1:
+            continue  # few rows, of which each block reads little
+        tiles = fitting(Tiling(rows, strips, MAX_STAGES, parts, split, cluster), spec)
         if tiles.stages >= 2:
             found.append(tiles)
     return sorted(found, key=lambda tiles: _microseconds(tiles, M, K, N, spec))[:CANDIDATES]
+
+
+def _suits(rows: int, strips: int, parts: int, M: int, spec: CodebookSpec) -> bool:
+    """Whether a block of this kind can run M rows and may be the fastest."""
+    step, g = parts * K_TILE, spec.group_size
+    if step % g and g % step:
+        return False  # the scales of a step would begin within a group
+    fewest = next((n for n in (32, 64, 128) if n >= M), 128)
+    # Wide blocks were slower than their estimate where several share the columns.
+    return rows >= fewest and (strips * parts == 2 or rows >= M)
 
 
 def fitting(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> Tiling:
@@ -112,38 +116,24 @@ def fitting(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> Tiling:
 def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int:
     """Bytes of shared memory that a block takes, at most."""
     columns = tiles.strips * STRIP
-    x = tiles.rows * K_TILE * 2
-    codes = spec.num_codebooks * word_rows(spec) * columns * 4
-    scales = scale_rows(spec) * columns * scale_bytes
+    x = tiles.rows * tiles.step * 2
+    codes = spec.num_codebooks * word_rows(spec) * tiles.parts * columns * 4
+    scales = scale_rows(spec, tiles.step) * columns * scale_bytes
     factors = 2 * tiles.rows * 4
+    others = (tiles.parts - 1) * columns * tiles.rows * 4  # sums of parts that the first adds
     results = tiles.strips * 2 * STRIP // 2 * 128  # two buffers of half a strip's width in rows
     padding = 4096  # each ring begins at a multiple of 1024; barriers take less than that
     table = 2 * int(np.prod(table_shape(spec)))
-    return table + tiles.stages * (x + codes + scales) + factors + results + padding
-
-
-def table_shape(spec: CodebookSpec) -> tuple[int, int, int, int]:
-    """[pair of codebooks, code, codebook of the pair, 64 values]: 256 bytes for each code."""
-    return pl.cdiv(spec.num_codebooks, 2), spec.codebook_size, 2, TABLE_ROW // 2
-
-
-def word_rows(spec: CodebookSpec) -> int:
-    """Packed words along K in a step."""
-    return K_TILE // (spec.vector_length * spec.codes_per_word)
-
-
-def scale_rows(spec: CodebookSpec) -> int:
-    """Scales along K in a step."""
-    return max(1, K_TILE // spec.group_size)
+    return table + tiles.stages * (x + codes + scales) + factors + others + results + padding
 
 
 def _microseconds(tiles: Tiling, M: int, K: int, N: int, spec: CodebookSpec) -> float:
     """About the time of the kernel and of the sum over splits on an H100, to sort tilings by."""
     plan = Plan.of(M, K, [N], tiles)
-    rows, strips = tiles.rows, tiles.strips
-    tensor_cores = 2 * rows * strips  # cycles of a step
+    rows, warpgroups = tiles.rows, tiles.warpgroups
+    tensor_cores = 2 * rows * warpgroups  # cycles of a step
     # Cycles of shared memory: lookups, x read by wgmma, x and words as they are copied and read.
-    memory = 64 * spec.num_codebooks * strips + rows * strips + rows + 16 * strips
+    memory = (64 * spec.num_codebooks + rows + 12) * warpgroups + rows * tiles.parts
     # Fitted to times at 4096x4096, 4096x14336 and 8192x28672, M = 64 to 4096.
     step = max(tensor_cores + 75, 1.02 * memory + 110)
     step += (tiles.cluster - 1) * (-10 if rows == 256 else 10)  # waiting costs, less traffic pays
@@ -180,7 +170,7 @@ class Plan:
     @classmethod
     def of(cls, M: int, K: int, Ns: Sequence[int], tiles: Tiling) -> "Plan":
         """The plan for x [M, K] and weights [K, N_i]."""
-        steps = 2 * pl.cdiv(K, 2 * K_TILE * tiles.splits)
+        steps = 2 * pl.cdiv(K, 2 * tiles.step * tiles.splits)
         columns = tiles.strips * STRIP
         row_tiles = pl.cdiv(M, tiles.rows)
         band = max(1, min(row_tiles, BAND_BYTES // (2 * K * tiles.rows)))

@@ -21,7 +21,7 @@ PLAIN = ("reference", "psumbook")
 # What runs in float32, where errors show.
 EXACT = (*PLAIN, "psumbook_mosaic")
 # Rows for each kernel that fill none of its tiles.
-ROWS = {"psumbook_mosaic": 1, "fragments_mosaic": 3, "wgmma_mosaic": 67}
+ROWS = {"psumbook_mosaic": 1, "mma_mosaic": 3, "wgmma_mosaic": 67}
 
 
 def operands(name, dtype, M):
@@ -135,7 +135,7 @@ def relative(actual, wanted):
     return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("implementation", [None, "fragments_mosaic"])
+@pytest.mark.parametrize("implementation", [None, "mma_mosaic"])
 def test_weights_that_share_x(implementation):
     x, w = operands("tiny_m2v8", jnp.bfloat16, 3)
     half = CodebookTensor(w.codes[..., :128], -w.codebooks, w.scales[:, :128])

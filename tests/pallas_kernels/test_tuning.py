@@ -11,7 +11,7 @@ from jaxcodec.pallas_kernels.matmul import KERNELS
 from jaxcodec.spec import CodebookSpec
 
 SPEC = CodebookSpec.parse("m2v8g128")
-ENTRY = tuning.Entry("m2v8g128", 4096, (4096,), 4, "fragments_mosaic", {"warps": 8}, 6.5)
+ENTRY = tuning.Entry("m2v8g128", 4096, (4096,), 4, "mma_mosaic", {"warps": 8}, 6.5)
 MORE = dataclasses.replace(ENTRY, M=16, us=9.0)
 
 
@@ -117,11 +117,11 @@ def faked(monkeypatch, us):
 
 def test_the_fastest_that_runs_is_kept_and_a_second_run_goes_on(monkeypatch, capsys):
     options = tune.Options(shapes=("128x128",), specs=("m2v8g128",), rows=(1,))
-    faked(monkeypatch, {"psumbook_mosaic": 7.0, "fragments_mosaic": 5.0})
+    faked(monkeypatch, {"psumbook_mosaic": 7.0, "mma_mosaic": 5.0})
     path = tune.tune(options)
     assert "wgmma_mosaic" in capsys.readouterr().err
     (entry,) = tuning.read(path)
-    assert (entry.kernel, entry.us) == ("fragments_mosaic", 5.0)
+    assert (entry.kernel, entry.us) == ("mma_mosaic", 5.0)
     faked(monkeypatch, {})  # would fail if anything were measured again
     tune.tune(options)
     assert tuning.read(path) == [entry]
@@ -140,6 +140,6 @@ def test_tuning_needs_a_gpu():
 def test_preferences_without_a_measurement():
     assert tuning.preferences(1, SPEC, jnp.dtype("bfloat16"))[0] == "psumbook_mosaic"
     m1v4 = CodebookSpec.parse("m1v4g128")
-    assert tuning.preferences(1, m1v4, jnp.dtype("bfloat16"))[0] == "fragments_mosaic"
+    assert tuning.preferences(1, m1v4, jnp.dtype("bfloat16"))[0] == "mma_mosaic"
     assert tuning.preferences(512, SPEC, jnp.dtype("bfloat16")) == ("wgmma_mosaic",)
     assert tuning.preferences(512, SPEC, jnp.dtype("float32")) == ()

@@ -1,6 +1,6 @@
 """Few rows times a codebook weight, with codebook vectors as operands of mma.sync."""
 
-from jaxcodec.pallas_kernels.fragments.kernel import matmul
-from jaxcodec.pallas_kernels.fragments.plan import Tiling, candidates, refusal, tiling
+from jaxcodec.pallas_kernels.mma.kernel import matmul
+from jaxcodec.pallas_kernels.mma.plan import Tiling, candidates, refusal, tiling
 
 __all__ = ["Tiling", "candidates", "matmul", "refusal", "tiling"]

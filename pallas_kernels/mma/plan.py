@@ -1,0 +1,190 @@
+"""How the mma kernel cuts a product into blocks: what it can run, and tile sizes.
+
+Letters: M rows, K input and N output features, m codebooks, b bits a code, v weights a code,
+g weights a scale. A span is the 128 weights along K that a warp multiplies at a time, and a step
+what a block passes along K at a time: a span for each of its parts.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from jaxcodec.pallas_kernels.operands import layout
+from jaxcodec.pallas_kernels.operands.layout import (
+    K_TILE,
+    SHARED_BYTES,
+    SMS,
+    scale_rows,
+    table_shape,
+    word_rows,
+)
+from jaxcodec.spec import CodebookSpec
+
+SPAN_TILES = 2  # tiles of 64 along K
+SPAN = SPAN_TILES * K_TILE
+MMA_COLUMNS = 16  # rows of the first operand of an mma
+MIN_WARPS, MAX_WARPS = 6, 16
+MAX_ROWS = 32  # from which wgmma is faster
+STAGES = (8, 4, 2)  # powers of two, by which a remainder is a mask
+CANDIDATES = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How one call is cut into blocks.
+
+    Attributes:
+      rows: rows of x in a block (8, 16 or 32), all of them.
+      columns: of a block.
+      width: columns of a warp, 16 or 32: more read x fewer times.
+      parts: warps that share columns and take turns along K; their sums are added in the block.
+      stages: steps along K in the rings of shared memory, a power of two.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    parts: int
+    stages: int
+
+    @property
+    def warps(self) -> int:
+        """Those that gather and multiply."""
+        return self.columns // self.width * self.parts
+
+    @property
+    def warpgroups(self) -> int:
+        """Of 4 warps; the last may have idle ones."""
+        return pl.cdiv(self.warps, 4)
+
+    @property
+    def step(self) -> int:
+        """Weights along K in a step."""
+        return self.parts * SPAN
+
+
+def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
+    """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
+
+    It runs what the wgmma kernel does up to 32 rows, where g is 16, 32, 64 or a multiple of 128.
+    """
+    g = spec.group_size
+    if M > MAX_ROWS:
+        return f"it holds at most {MAX_ROWS} rows of x, got M = {M}"
+    if g % SPAN and g not in (16, 32, 64):
+        return f"g must be 16, 32, 64 or a multiple of {SPAN}, and {spec} has g = {g}"
+    return layout.refusal(M, K, N, spec, dtype)
+
+
+def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
+    """The tile sizes for x [M, K] and a `spec` weight [K, N] on a device never tuned."""
+    return candidates(M, K, N, spec)[0]
+
+
+def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
+    """What is worth timing for x [M, K] and a `spec` weight [K, N], the heuristic's choice first.
+
+    N is the sum over weights that share a launch.
+    """
+    found = []
+    rows = next(rows for rows in (8, 16, MAX_ROWS) if rows >= M)
+    widths = [(columns, width) for width in (16, 32) for columns in range(width, 241, width)]
+    for (columns, width), parts in itertools.product(widths, (1, 2, 3, 4, 6, 8)):
+        tiles = Tiling(rows, columns, width, parts, STAGES[0])
+        aligned = tiles.step % spec.group_size == 0 or spec.group_size % tiles.step == 0
+        if MIN_WARPS <= tiles.warps <= MAX_WARPS and aligned and (tiles.step <= K or parts == 1):
+            tiles = fitting(tiles, spec)
+            if tiles.stages:
+                found.append(tiles)
+    return sorted(found, key=lambda tiles: _cost(tiles, K, N, spec))[:CANDIDATES]
+
+
+def fitting(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> Tiling:
+    """The same tiles with no more stages than shared memory holds; 0 if it holds too few."""
+    for stages in STAGES:
+        if stages <= tiles.stages:
+            found = dataclasses.replace(tiles, stages=stages)
+            if shared_bytes(found, spec, scale_bytes) <= SHARED_BYTES:
+                return found
+    return dataclasses.replace(tiles, stages=0)
+
+
+def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int:
+    """Bytes of shared memory that a block takes, at most."""
+    x = tiles.rows * tiles.step * 2
+    words = spec.num_codebooks * word_rows(spec) * SPAN_TILES * tiles.parts
+    codes = words * code_columns(tiles, spec) * 4
+    scales = scale_rows(spec, tiles.step) * scale_columns(tiles) * scale_bytes
+    sums = tiles.parts * tiles.rows * tiles.columns * 4
+    padding = 4096  # each ring begins at a multiple of 1024; barriers take less than that
+    table = 2 * int(np.prod(table_shape(spec)))
+    return table + tiles.stages * (x + codes + scales) + sums + padding
+
+
+def code_columns(tiles: Tiling, spec: CodebookSpec) -> int:
+    """Columns of packed words that a block copies.
+
+    4 lanes that share a column read different rows: 8 columns more than a multiple of 16 put those
+    into different banks. A slot of the ring stays a multiple of 128 bytes, as the TMA needs.
+    """
+    words = spec.num_codebooks * word_rows(spec) * SPAN_TILES * tiles.parts
+    return tiles.columns + 8 * (words % 4 == 0)
+
+
+def scale_columns(tiles: Tiling) -> int:
+    """Columns of scales that a block copies: a copy is a multiple of 128 bytes."""
+    return pl.cdiv(tiles.columns, 64) * 64
+
+
+def _cost(tiles: Tiling, K: int, N: int, spec: CodebookSpec) -> float:
+    """About the cycles of the slowest multiprocessor, to sort tilings by."""
+    waves = pl.cdiv(pl.cdiv(N, tiles.columns), SMS)
+    steps = pl.cdiv(K, tiles.step)
+    # Cycles of shared memory for a warp's span: lookups and words, x, and what is copied.
+    lookups = 18 * spec.num_codebooks * tiles.width // MMA_COLUMNS
+    span = SPAN_TILES * (lookups + tiles.rows + 2)
+    latency = 700  # of a step from the arrival of its codes to the last sum
+    slow = 1.15 if tiles.warps > 8 else 1.0  # more warps have fewer registers for what they await
+    return waves * (3000 + slow * steps * max(tiles.warps * span, latency) + 100 * tiles.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the shapes and the tiling fix.
+
+    Attributes:
+      steps: along K.
+      starts: of each weight its first block, and their number.
+      tiles: the tiling.
+      spec: the format.
+    """
+
+    steps: int
+    starts: tuple[int, ...]
+    tiles: Tiling
+    spec: CodebookSpec
+
+    @classmethod
+    def of(cls, K: int, Ns: Sequence[int], tiles: Tiling, spec: CodebookSpec) -> "Plan":
+        """The plan for weights [K, N_i]."""
+        starts = np.cumsum([0] + [pl.cdiv(N, tiles.columns) for N in Ns])
+        return cls(pl.cdiv(K, tiles.step), tuple(map(int, starts)), tiles, spec)
+
+    @property
+    def scales_sums(self) -> bool:
+        """Whether scales multiply sums of tiles; else weights, whose column has several groups."""
+        return self.spec.group_size % K_TILE == 0
+
+    @property
+    def words(self) -> int:
+        """Packed words along the K of a span."""
+        return word_rows(self.spec) * SPAN_TILES
+
+    @property
+    def groups(self) -> int:
+        """Scales along the K of a span."""
+        return scale_rows(self.spec, SPAN)

@@ -1,0 +1,1 @@
+"""Operands of the tensor cores: rows of x in float16, and weights looked up in a table."""

@@ -1,0 +1,76 @@
+"""What the per-thread primitives of `threads` mean, in plain jnp, for the interpreter.
+
+Each function has the signature of its namesake there.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from jaxcodec.pack import unpack_codes
+from jaxcodec.pallas_kernels.operands.layout import (
+    K_TILE,
+    LANE_K,
+    SCALE_EXPONENT,
+    TABLE_ROW,
+    WARPGROUP,
+)
+from jaxcodec.spec import CodebookSpec
+
+
+def store_scalar(ref, value) -> None:
+    """ref[0] = value."""
+    ref[...] = jnp.full((1,), value)
+
+
+def in_fragment_order(values):
+    """Inputs [..., 64] as a fragment has them: the i-th pairs of the lanes' 16 side by side."""
+    lanes = values.reshape(*values.shape[:-1], K_TILE // LANE_K, LANE_K // 2, 2)
+    return lanes.swapaxes(-3, -2).reshape(values.shape)
+
+
+def store_largest(x_ref, maxima_ref) -> None:
+    """The largest |x| of a warpgroup's share of x, as if each of its 4 warps had found it."""
+    largest = jnp.max(jnp.abs(x_ref[...].astype(jnp.float32)))
+    maxima_ref[...] = jnp.full(maxima_ref.shape, largest)
+
+
+def write_halves(x_ref, power, tiles_ref) -> None:
+    """A row of x [K] times a power of two, as float16 in the order of fragments, [K / 64, 64]."""
+    halves = (x_ref[...].astype(jnp.float32) * power).astype(jnp.float16)
+    tiles_ref[...] = in_fragment_order(halves.reshape(-1, K_TILE))
+
+
+def fill(table_ref, books_ref, warpgroups: int) -> None:
+    """Repeat every codebook vector over its row of the table, as float16."""
+    m, size, v = books_ref.shape
+    warpgroup = jax.lax.axis_index("warpgroup")
+    for block in range(0, size, WARPGROUP * warpgroups):
+        start = block + WARPGROUP * warpgroup
+
+        @pl.when(start < size)
+        def _(start=start):
+            own = pl.ds(start, min(WARPGROUP, size))
+            for c in range(m):
+                vectors = books_ref[c, own, :].astype(jnp.float16)
+                table_ref[c // 2, own, c % 2, :] = jnp.tile(vectors, (1, TABLE_ROW // 2 // v))
+
+
+def weights(spec: CodebookSpec, table, codes_mjn, scales_gn):
+    """W.T of some columns, f16 [N, 64] in the order of a fragment.
+
+    Args:
+      codes_mjn: u32 [m, words, N].
+      scales_gn: f32 [groups, N]; None leaves them to the sums.
+    """
+    codes_mjn = unpack_codes(codes_mjn, spec.bits)
+    books = [table[c // 2, :, c % 2, : spec.vector_length] for c in range(spec.num_codebooks)]
+    found = [jnp.take(book, codes.T, axis=0) for book, codes in zip(books, codes_mjn, strict=True)]
+    total_njv = found[0]
+    for vectors in found[1:]:
+        total_njv += vectors
+    total_nk = total_njv.reshape(-1, K_TILE)
+    if scales_gn is not None:
+        scales_ng = (scales_gn * 2.0**SCALE_EXPONENT).astype(jnp.float16).T
+        total_nk *= jnp.repeat(scales_ng, K_TILE // scales_ng.shape[1], axis=1)
+    return in_fragment_order(total_nk)

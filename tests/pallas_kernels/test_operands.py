@@ -1,0 +1,24 @@
+"""What tensor-core kernels do to x before the launch: exact powers of two, order, any K."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcodec.pallas_kernels.operands.interpreted import in_fragment_order
+from jaxcodec.pallas_kernels.operands.preparation import half_tiles
+
+INTERPRET = jax.default_backend() != "gpu"
+
+
+@pytest.mark.parametrize("K", [1024, 384, 72])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_rows_are_scaled_exactly(K, dtype):
+    x = jax.random.normal(jax.random.key(1), (5, K), dtype) * 3e-5
+    tiles, factors = half_tiles(x, INTERPRET)
+    rows = jnp.pad(x, ((0, 0), (0, -K % 64))).reshape(5, -1, 64).swapaxes(0, 1)
+    np.testing.assert_array_equal(
+        tiles.astype(jnp.float32) * factors[None, :, None], in_fragment_order(rows)
+    )
+    largest = jnp.max(jnp.abs(tiles), axis=(0, 2))
+    assert jnp.all((largest >= 2.0**14) & (largest < 2.0**15))
