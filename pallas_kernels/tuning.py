@@ -87,14 +87,12 @@ def preferences(M: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]
     """Kernels to try for M rows of a shape that was never measured, the best first."""
     if jnp.dtype(dtype).itemsize == 4:
         return ("psumbook_mosaic",) if M <= FLOAT32_ROWS else ()
-    few = ("mma_mosaic", "psumbook_mosaic")
-    # One book of short vectors is looked up as fast as a Psumbook, which must be filled besides.
-    gather = M <= GATHER_ROWS and spec.num_codebooks * spec.vector_length > 4
-    if gather:
-        return few[::-1]
-    if M <= MMA_ROWS:
-        return (few[0], "wgmma_mosaic")
-    return ("wgmma_mosaic",)
+    if M <= GATHER_ROWS:
+        return ("psumbook_mosaic", "mma_mosaic", "wgmma_mosaic")
+    # Two wide codebooks keep shared memory busier, which mma uses less for x.
+    if M <= MMA_ROWS or (M <= 2 * MMA_ROWS and spec.num_codebooks > 1):
+        return ("mma_mosaic", "wgmma_mosaic")
+    return ("wgmma_mosaic", "mma_mosaic")
 
 
 @functools.cache

@@ -23,7 +23,7 @@ def _places(plan: Plan):
         yield i, part, warp % across * plan.tiles.width, warp < plan.tiles.warps
 
 
-def zeros(plan: Plan):
+def zeros(plan: Plan) -> jax.Array:
     """Sums of a warpgroup, f32 [4 width, rows]."""
     return jnp.zeros((4 * plan.tiles.width, plan.tiles.rows), jnp.float32)
 
@@ -33,7 +33,7 @@ def commit_reads() -> None:
     plgpu.commit_smem()
 
 
-def accumulate(plan: Plan, total, x_ref, table, codes, scales):
+def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
     """Sums of a warpgroup plus those of one step."""
     g = plan.spec.group_size
     table, sums, width = table[...], [], plan.tiles.width

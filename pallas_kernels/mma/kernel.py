@@ -92,7 +92,10 @@ def _kernel(
     """Products [M, N_i] of what `half_tiles` gives for x."""
     spec, scales_dtype = weights[0].spec, weights[0].scales.dtype
     M, K = x.shape[1], weights[0].shape[0]
-    tiles = fitting(tiles, spec, scales_dtype.itemsize)
+    found = fitting(tiles, spec, scales_dtype.itemsize)
+    if not found.stages:
+        raise ValueError(f"{tiles} needs more shared memory than a block has for {spec}.")
+    tiles = found
     plan = Plan.of(K, [w.shape[1] for w in weights], tiles, spec)
     words, groups = plan.words * tiles.parts, scale_rows(spec, tiles.step)
     x_tiles = SPAN_TILES * tiles.parts

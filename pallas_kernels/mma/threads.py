@@ -10,6 +10,7 @@ Source: PTX ISA, mma.sync.m16n8k16.
 from itertools import product
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -58,7 +59,7 @@ def _sums(plan: Plan) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((4 * plan.tiles.width, plan.tiles.rows), jnp.float32, layout=SUMS)
 
 
-def zeros(plan: Plan):
+def zeros(plan: Plan) -> jax.Array:
     """Sums of a warpgroup, f32 [4 width, rows]."""
 
     @plgpu.inline_mgpu(return_type=_sums(plan))
@@ -75,7 +76,7 @@ def commit_reads() -> None:
     """
 
 
-def accumulate(plan: Plan, total, x_ref, table, codes, scales):
+def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
     """Sums of a warpgroup plus those of one step.
 
     Refs in shared memory: x f16 [tiles, rows, 64], swizzled; the table; codes u32 [m, words,

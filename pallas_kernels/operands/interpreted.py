@@ -23,7 +23,7 @@ def store_scalar(ref, value) -> None:
     ref[...] = jnp.full((1,), value)
 
 
-def in_fragment_order(values):
+def in_fragment_order(values) -> jax.Array:
     """Inputs [..., 64] as a fragment has them: the i-th pairs of the lanes' 16 side by side."""
     lanes = values.reshape(*values.shape[:-1], K_TILE // LANE_K, LANE_K // 2, 2)
     return lanes.swapaxes(-3, -2).reshape(values.shape)
@@ -56,7 +56,7 @@ def fill(table_ref, books_ref, warpgroups: int) -> None:
                 table_ref[c // 2, own, c % 2, :] = jnp.tile(vectors, (1, TABLE_ROW // 2 // v))
 
 
-def weights(spec: CodebookSpec, table, codes_mjn, scales_gn):
+def weights(spec: CodebookSpec, table, codes_mjn, scales_gn) -> jax.Array:
     """W.T of some columns, f16 [N, 64] in the order of a fragment.
 
     Args:

@@ -304,15 +304,18 @@ def with_registers(total, sums: Sequence) -> mgpu.FragmentedArray:
 
 
 def as_i32(value: ir.Value) -> ir.Value:
+    """Two 16-bit values as one register."""
     return vector.extract(vector.bitcast(vec(1, i32()), value), [], [0])
 
 
 def to_f32(values: ir.Value) -> ir.Value:
+    """A vector in float32."""
     kind = ir.VectorType(values.type)
     return values if kind.element_type == f32() else arith.extf(vec(kind.shape[0], f32()), values)
 
 
 def to_f16(values: ir.Value) -> ir.Value:
+    """A vector in float16."""
     kind = ir.VectorType(values.type)
     [length] = kind.shape
     if kind.element_type == f16():
@@ -326,4 +329,5 @@ def thread() -> ir.Value:
 
 
 def f16() -> ir.Type:
+    """The type of operands."""
     return ir.F16Type.get()

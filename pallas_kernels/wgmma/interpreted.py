@@ -15,7 +15,7 @@ from jaxcodec.pallas_kernels.wgmma.plan import STRIP
 from jaxcodec.spec import CodebookSpec
 
 
-def zeros(rows: int):
+def zeros(rows: int) -> jax.Array:
     """Sums of a strip, f32 [64, rows]."""
     return jnp.zeros((STRIP, rows), jnp.float32)
 
@@ -25,17 +25,19 @@ def commit_reads() -> None:
     plgpu.commit_smem()
 
 
-def gather(spec: CodebookSpec, table_ref, codes_ref, scales_ref):
+def gather(spec: CodebookSpec, table_ref, codes_ref, scales_ref) -> jax.Array:
     """The fragment f16 [64, 64] of one step along K."""
     return weights(spec, table_ref[...], codes_ref[...], scales_ref[...].astype(jnp.float32))
 
 
-def multiply(total, fragment, x_ref, steps: int):
+def multiply(total, fragment, x_ref, steps: int) -> jax.Array:
     """total [64, rows] += fragment @ x.T over the first `steps` sixteenths of K."""
     return _multiply(total, fragment, x_ref, 0, 16 * steps)
 
 
-def multiply_and_gather(spec: CodebookSpec, total, fragment, x_ref, table, codes, scales):
+def multiply_and_gather(
+    spec: CodebookSpec, total, fragment, x_ref, table, codes, scales
+) -> tuple[jax.Array, jax.Array]:
     """The rest of `multiply` after one sixteen of K, and the next fragment."""
     total = _multiply(total, fragment, x_ref, 16, K_TILE)
     return total, gather(spec, table, codes, scales)
@@ -52,7 +54,7 @@ def put(total, ref) -> None:
     ref[...] = total.reshape(ref.shape)
 
 
-def add_others(total, refs):
+def add_others(total, refs) -> jax.Array:
     """Sums [64, rows] plus those that `put` has left in each ref."""
     for ref in refs:
         total = total + ref[...].reshape(total.shape)

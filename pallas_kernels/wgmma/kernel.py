@@ -106,33 +106,7 @@ def _kernel(
     M, K = x.shape[1], weights[0].shape[0]
     tiles = fitting(tiles, spec, scales_dtype.itemsize)
     plan = Plan.of(M, K, [w.shape[1] for w in weights], tiles)
-    stages, columns = plan.stages, plan.columns
-    width = 128 // jnp.dtype(out_dtype).itemsize  # columns of the result that a copy stores
-    chunk = min(width // 2, tiles.rows)  # rows
-    buffers = min(2, tiles.rows // chunk)
     clustered = tiles.cluster > 1
-    freed = dict(num_arrivals=tiles.warpgroups, num_barriers=stages)
-    scratch = dict(
-        table=plgpu.SMEM(table_shape(spec), jnp.float16),
-        x=plgpu.SMEM((stages, tiles.parts, tiles.rows, K_TILE), jnp.float16, transforms=SWIZZLED),
-        codes=plgpu.SMEM(
-            (stages, spec.num_codebooks, tiles.parts * word_rows(spec), columns), jnp.uint32
-        ),
-        scales=plgpu.SMEM((stages, scale_rows(spec, tiles.step), columns), scales_dtype),
-        factors=plgpu.SMEM((2, max(tiles.rows, FACTORS)), jnp.float32),
-        staging=plgpu.SMEM(
-            (tiles.strips, buffers, STRIP // width, chunk, width), out_dtype, transforms=SWIZZLED
-        ),
-        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),  # x, codes, scales
-        empty=plgpu.ClusterBarrier(collective_axes=("peer",), **freed)
-        if clustered
-        else plgpu.Barrier(**freed),
-        met=plgpu.Barrier(num_arrivals=tiles.warpgroups),
-        ready=plgpu.Barrier(num_barriers=2),
-    )
-    if tiles.parts > 1:
-        sums = tiles.parts - 1, tiles.strips, tiles.rows // 2, WARPGROUP
-        scratch["others"] = plgpu.SMEM(sums, jnp.float32)
 
     def wgmma_matmul(x_ref, factors_ref, weight_refs, *out_refs, **scratch_refs):
         refs = x_ref, factors_ref, weight_refs, out_refs
@@ -151,7 +125,7 @@ def _kernel(
     kernel = plgpu.kernel(
         wgmma_matmul,
         out_type=[jax.ShapeDtypeStruct((tiles.splits, M, w.shape[1]), out_dtype) for w in weights],
-        scratch_types=scratch,
+        scratch_types=_scratch(plan, spec, scales_dtype, out_dtype),
         grid=(plan.blocks,),
         grid_names=("block",),
         cluster=(tiles.cluster,) if clustered else (),
@@ -162,6 +136,37 @@ def _kernel(
         interpret=interpreter(interpret),
     )
     return kernel(x, factors, [(w.codes, w.codebooks, w.scales) for w in weights])
+
+
+def _scratch(plan: Plan, spec: CodebookSpec, scales_dtype: Any, out_dtype: Any) -> dict[str, Any]:
+    """Memory and barriers of a block."""
+    tiles, stages, columns = plan.tiles, plan.stages, plan.columns
+    width = 128 // jnp.dtype(out_dtype).itemsize  # columns of the result that a copy stores
+    chunk = min(width // 2, tiles.rows)  # rows
+    buffers = min(2, tiles.rows // chunk)
+    freed = dict(num_arrivals=tiles.warpgroups, num_barriers=stages)
+    scratch = dict(
+        table=plgpu.SMEM(table_shape(spec), jnp.float16),
+        x=plgpu.SMEM((stages, tiles.parts, tiles.rows, K_TILE), jnp.float16, transforms=SWIZZLED),
+        codes=plgpu.SMEM(
+            (stages, spec.num_codebooks, tiles.parts * word_rows(spec), columns), jnp.uint32
+        ),
+        scales=plgpu.SMEM((stages, scale_rows(spec, tiles.step), columns), scales_dtype),
+        factors=plgpu.SMEM((2, max(tiles.rows, FACTORS)), jnp.float32),
+        staging=plgpu.SMEM(
+            (tiles.strips, buffers, STRIP // width, chunk, width), out_dtype, transforms=SWIZZLED
+        ),
+        full=plgpu.Barrier(num_arrivals=3, num_barriers=stages),  # x, codes, scales
+        empty=plgpu.ClusterBarrier(collective_axes=("peer",), **freed)
+        if tiles.cluster > 1
+        else plgpu.Barrier(**freed),
+        met=plgpu.Barrier(num_arrivals=tiles.warpgroups),
+        ready=plgpu.Barrier(num_barriers=2),
+    )
+    if tiles.parts > 1:
+        sums = tiles.parts - 1, tiles.strips, tiles.rows // 2, WARPGROUP
+        scratch["others"] = plgpu.SMEM(sums, jnp.float32)
+    return scratch
 
 
 class _Block:

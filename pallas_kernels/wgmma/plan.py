@@ -35,7 +35,7 @@ BLOCKS = (
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MIN_SPLIT_K = 256  # less would not fill the rings
 MAX_STAGES = 10
-CANDIDATES = 12
+CANDIDATES = 6
 # Rows of x that all columns pass before the next rows: of the 50 MB of L2 they may take 16, because
 # each half of the L2 keeps its own copy.
 BAND_BYTES = 16 * 2**20

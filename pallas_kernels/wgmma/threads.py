@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import reduce
 from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
@@ -39,10 +40,10 @@ from jaxcodec.pallas_kernels.wgmma.plan import STRIP
 from jaxcodec.spec import CodebookSpec
 
 
-def zeros(rows: int):
+def zeros(rows: int) -> jax.Array:
     """Sums of a strip, f32 [64, rows]."""
 
-    @plgpu.inline_mgpu(return_type=sums_type(rows))
+    @plgpu.inline_mgpu(return_type=_sums(rows))
     def zeros(_):
         return mgpu.WGMMAAccumulator.zero(STRIP, rows)._value
 
@@ -56,7 +57,7 @@ def commit_reads() -> None:
     """
 
 
-def gather(spec: CodebookSpec, table_ref, codes_ref, scales_ref):
+def gather(spec: CodebookSpec, table_ref, codes_ref, scales_ref) -> jax.Array:
     """The fragment f16 [64, 64] of one step along K.
 
     Refs in shared memory: the table; codes u32 [m, words, 64] and scales [groups, 64].
@@ -73,11 +74,11 @@ def gather(spec: CodebookSpec, table_ref, codes_ref, scales_ref):
     return gather(table_ref, codes_ref, scales_ref)
 
 
-def multiply(total, fragment, x_ref, steps: int):
+def multiply(total, fragment, x_ref, steps: int) -> jax.Array:
     """Issue total [64, rows] += fragment @ x.T over the first `steps` sixteenths of K."""
 
     @plgpu.inline_mgpu(
-        arg_types=(SUMS, FRAGMENT, plgpu.RefType(SWIZZLED)), return_type=sums_type(total.shape[1])
+        arg_types=(SUMS, FRAGMENT, plgpu.RefType(SWIZZLED)), return_type=_sums(total.shape[1])
     )
     def multiply(_, total, fragment, x):
         # LLVM must have computed the fragment before the fence.
@@ -91,7 +92,9 @@ def multiply(total, fragment, x_ref, steps: int):
     return multiply(total, fragment, x_ref)
 
 
-def multiply_and_gather(spec: CodebookSpec, total, fragment, x_ref, table, codes, scales):
+def multiply_and_gather(
+    spec: CodebookSpec, total, fragment, x_ref, table, codes, scales
+) -> tuple[jax.Array, jax.Array]:
     """Issue the rest of `multiply` after one sixteen of K, between lookups of the next fragment.
 
     A wgmma with A in registers holds its warp until the one before has read its own: lookups that
@@ -100,7 +103,7 @@ def multiply_and_gather(spec: CodebookSpec, total, fragment, x_ref, table, codes
 
     @plgpu.inline_mgpu(
         arg_types=(SUMS, FRAGMENT, plgpu.RefType(SWIZZLED), *(plgpu.RefType(),) * 3),
-        return_type=(sums_type(total.shape[1]), _fragment()),
+        return_type=(_sums(total.shape[1]), _fragment()),
     )
     def multiply_and_gather(_, total, fragment, x, table, codes, scales):
         lane, steps = Lane(spec, table, codes, scales), []
@@ -160,11 +163,11 @@ def put(total, ref) -> None:
     put(total, ref)
 
 
-def add_others(total, refs):
+def add_others(total, refs) -> jax.Array:
     """Sums [64, rows] plus those that `put` has left in each ref."""
 
     @plgpu.inline_mgpu(
-        arg_types=(SUMS, *[plgpu.RefType()] * len(refs)), return_type=sums_type(total.shape[1])
+        arg_types=(SUMS, *[plgpu.RefType()] * len(refs)), return_type=_sums(total.shape[1])
     )
     def add_others(_, total, *refs):
         lane = mul(rem(thread(), WARPGROUP), 4)
@@ -235,5 +238,5 @@ def _fragment() -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((STRIP, K_TILE), jnp.float16, layout=FRAGMENT)
 
 
-def sums_type(rows: int) -> plgpu.ShapeDtypeStruct:
+def _sums(rows: int) -> plgpu.ShapeDtypeStruct:
     return plgpu.ShapeDtypeStruct((STRIP, rows), jnp.float32, layout=SUMS)

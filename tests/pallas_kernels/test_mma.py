@@ -67,12 +67,12 @@ def test_it_is_the_product_with_the_dequantized_weight(text, M, K, N, tiles):
         Tiling(8, 224, 32, 1, 8),
         Tiling(8, 112, 16, 2, 8),
         Tiling(16, 32, 32, 8, 2),
-        Tiling(16, 16, 16, 16, 2),
-        Tiling(32, 128, 32, 2, 2),
+        Tiling(16, 16, 16, 8, 4),
+        Tiling(32, 96, 16, 1, 2),
     ],
 )
 @pytest.mark.parametrize(
-    ("text", "K", "N"), [("m1v4g128", 4096, 1000), ("m2v8g128", 2048, 4104), ("m4v8g64", 512, 264)]
+    ("text", "K", "N"), [("m1v4g128", 4096, 1000), ("m2v8g128", 2048, 4104), ("m1v8g64", 512, 264)]
 )
 def test_every_kind_of_tile(text, K, N, tiles):
     x, w = operands(text, tiles.rows - 1, K, N)
@@ -151,6 +151,12 @@ def test_matmul_raises_what_refusal_says():
     x, w = operands("m1v4g128", 8, 128, 64, jnp.float32)
     with pytest.raises(NotImplementedError, match="float32"):
         mma.matmul(x, [w], interpret=INTERPRET)
+
+
+def test_tiles_that_no_block_can_hold():
+    x, w = operands("m4v8g64", 32, 512, 264)
+    with pytest.raises(ValueError, match="shared memory"):
+        mma.matmul(x, [w], tiles=Tiling(32, 128, 32, 2, 2), interpret=INTERPRET)
 
 
 @pytest.mark.parametrize("M", [1, 8, 16, 32])

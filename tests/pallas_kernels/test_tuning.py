@@ -139,7 +139,6 @@ def test_tuning_needs_a_gpu():
 
 def test_preferences_without_a_measurement():
     assert tuning.preferences(1, SPEC, jnp.dtype("bfloat16"))[0] == "psumbook_mosaic"
-    m1v4 = CodebookSpec.parse("m1v4g128")
-    assert tuning.preferences(1, m1v4, jnp.dtype("bfloat16"))[0] == "mma_mosaic"
-    assert tuning.preferences(512, SPEC, jnp.dtype("bfloat16")) == ("wgmma_mosaic",)
+    assert tuning.preferences(8, SPEC, jnp.dtype("bfloat16"))[0] == "mma_mosaic"
+    assert tuning.preferences(512, SPEC, jnp.dtype("bfloat16"))[0] == "wgmma_mosaic"
     assert tuning.preferences(512, SPEC, jnp.dtype("float32")) == ()
