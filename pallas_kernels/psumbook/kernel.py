@@ -9,7 +9,8 @@ for a block's columns in shared memory; a weight column then only looks them up 
 A block owns some tiles of input features and some columns of one matrix, and keeps one float32 sum
 a column in registers while it walks its tiles, the codes of the next columns on their way. Blocks
 of other tiles leave other partial sums; a second kernel adds them in a fixed order, so that the
-same call gives the same bits.
+same call gives the same bits. With a 16-bit x partial sums are 16-bit integers too, in units of a
+block's largest / 32767: half the bytes, of which there may be a tenth of the codes'.
 
 **The table.** Shared memory has 32 banks of 4 bytes, and lanes of a warp that look up different
 words of one bank wait for each other: random codes cost 3.2 cycles a lookup instead of 1. So every
@@ -20,8 +21,8 @@ word, and each of the 32 lanes has its own copy of the word:
 
 A row of 64 words is 256 bytes, so byte `i` of a word of codes becomes the address of its entry by
 one byte permutation. The integers are a tile's products in units of its largest product / 32767:
-their sum is exact, and rounding each of them costs 4e-5 of the result. For float32 x an entry is
-a float32 with 16 copies, which costs two cycles a lookup:
+their sum is exact, and rounding entries and partial sums costs 6e-5 of the result. For float32 x an
+entry is a float32 with 16 copies, which costs two cycles a lookup:
 
     table[q, (c, i), 16 s + lane % 16] = Psumbook[4 q + s, c, i]
 
@@ -42,7 +43,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcodec.pallas_kernels.psumbook import interpreted, threads
 from jaxcodec.pallas_kernels.psumbook.plan import (
-    QUAD,
     SUM_COLUMNS,
     SUM_WARPGROUPS,
     WARP,
@@ -57,9 +57,6 @@ from jaxcodec.tensor import CodebookTensor
 
 __all__ = ["Tiling", "candidates", "matmul", "refusal", "tiling"]
 
-# Rows of partial sums that the threads of a block of the second kernel add at a time.
-SUM_ROWS = SUM_WARPGROUPS * WARPGROUP * QUAD // SUM_COLUMNS
-
 
 def matmul(
     x: jax.Array,
@@ -73,7 +70,7 @@ def matmul(
 
     Args:
       x: bf16, f16 or f32 [M, K]. Sums are float32; with a 16-bit x products are rounded to 16-bit
-        integers, which costs a relative error of 4e-5.
+        integers, which costs a relative error of 6e-5.
       weights: share K, spec and dtype, each with its own codebooks and N.
       tiles: default `tiling`'s for the sum of all N.
       out_dtype: of the results.
@@ -93,25 +90,24 @@ def matmul(
     plan = Plan.of(tiles or tiling(M, K, sum(widths), spec), K, widths, spec, x.dtype)
     with jax.named_scope("psumbook_matmul"):
         padded = jnp.pad(x, ((0, 0), (0, -K % WARPGROUP)))
-        partial = _partial_sums(padded, weights, plan, interpret)
-        results = _summed(partial, plan, out_dtype, interpret)
+        partial, units = _partial_sums(padded, weights, plan, interpret)
+        results = _summed(partial, units, plan, out_dtype, interpret)
     return [y[:, :N] for y, N in zip(results, widths, strict=True)]
 
 
 def _partial_sums(
     x: jax.Array, weights: Sequence[CodebookTensor], plan: Plan, interpret: bool
-) -> jax.Array:
-    """Sums over each block's tiles [M, blocks, columns of a block], float32; x [M, K], K whole
-    warpgroups.
+) -> tuple[jax.Array, jax.Array]:
+    """Sums over each block's tiles [M, blocks, columns of a block], and their units [M, blocks].
 
-    Blocks lie matrix by matrix, then by columns, then by tiles.
+    Blocks lie matrix by matrix, then by columns, then by tiles. x [M, K], K whole warpgroups.
     """
     count = len(weights)
     primitives = interpreted if interpret else threads
 
     def psumbook_partial_sums(x_ref, *refs):
         codes, codebooks, scales = (refs[i * count : (i + 1) * count] for i in range(3))
-        out_ref, table, features, maxima, barrier = refs[3 * count :]
+        out_ref, units_ref, table, features, maxima, *barrier = refs[3 * count :]
         row, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")
         warpgroup = jax.lax.axis_index("warpgroup")
         matrix, first, last, block_column = _place(plan, block)
@@ -126,18 +122,28 @@ def _partial_sums(
             start = column(ahead % plan.chunks)
             return primitives.load(plan, codes, scales, matrix, tile, start, tile < last)
 
-        vectors = primitives.vectors(plan, codebooks, matrix, warpgroup)
+        window = jnp.minimum(first // plan.parts * plan.features, x.shape[1] - plan.window)
+        # Asked for before the codes, behind which they would wait.
+        vectors = primitives.vectors(plan, codebooks, matrix, first, warpgroup)
+        parts = [begin + warpgroup * WARPGROUP for begin in range(0, plan.window, plan.threads)]
+        values = [_features(x_ref.at[row], plan, window, part) for part in parts]
         held = tuple(load(first, d) for d in range(plan.ahead))
-        window = jnp.minimum(first * plan.features, x.shape[1] - plan.window)
-        for begin in range(0, plan.window, plan.threads):
-            part = begin + warpgroup * WARPGROUP
-            _copy_features(x_ref.at[row], window, features, part)
-        primitives.sync(barrier)
+        for part, some in zip(parts, values, strict=True):
 
-        def products(tile):
-            own = pl.ds(tile * plan.features - window, plan.features)
+            @pl.when(part < plan.window)
+            def _(part=part, some=some):
+                features[pl.ds(part, WARPGROUP)] = some
+
+        primitives.sync(*barrier)
+
+        def products(tile, vectors):
+            """Entries of `tile`, and the vectors of the next."""
+            own = pl.ds(tile // plan.parts * plan.features - window, plan.features)
             largest = maxima.at[tile % 2]
-            return primitives.products(plan, features.at[own], vectors, largest, warpgroup)
+            entries = primitives.products(plan, features.at[own], vectors, largest, warpgroup)
+            if plan.parts > 1:
+                vectors = primitives.vectors(plan, codebooks, matrix, tile + 1, warpgroup)
+            return entries, vectors
 
         def look_up(chunk, words):
             if not plan.ragged:
@@ -150,65 +156,73 @@ def _partial_sums(
             )
 
         def step(tile, carry):
-            sums, held, entries = list(carry[0]), list(carry[1]), carry[2]
-            primitives.sync(barrier)  # nobody looks up the last tile any more
+            sums, held, (entries, vectors) = list(carry[0]), list(carry[1]), carry[2]
+            primitives.sync(*barrier)  # nobody looks up the last tile any more
             unit = primitives.fill(plan, table, entries, maxima.at[tile % 2], warpgroup)
-            primitives.sync(barrier)
-            entries = products(jnp.minimum(tile + 1, last - 1))
+            primitives.sync(*barrier)
+            following = jax.lax.cond(
+                tile + 1 < last, lambda: products(tile + 1, vectors), lambda: (entries, vectors)
+            )
             for chunk in range(plan.chunks):
                 words, scale = held.pop(0)
                 held.append(load(tile, chunk + plan.ahead))
                 found = look_up(chunk, words)
                 sums[chunk] += found * (scale.astype(jnp.float32) * unit)
-            return tuple(sums), tuple(held), entries
+            return tuple(sums), tuple(held), following
 
         zeros = plgpu.layout_cast(jnp.zeros((plan.span,), jnp.float32), plan.layout)
-        carry = ((zeros,) * plan.chunks, held, products(first))
+        carry = ((zeros,) * plan.chunks, held, products(first, vectors))
         sums, _, _ = jax.lax.fori_loop(first, last, step, carry)
+        if not plan.exact:
+            largest = maxima.at[2]
+            primitives.note_largest(plan, sums, largest, warpgroup)
+            primitives.sync(*barrier)
+            unit = units_ref.at[row, pl.ds(block, 1)]
+            sums = primitives.integers(plan, sums, largest, unit, warpgroup)
         for chunk in range(plan.chunks):
             place = (chunk * plan.warpgroups + warpgroup) * plan.span
             out_ref[row, block, pl.ds(place, plan.span)] = sums[chunk]
 
+    grid = (x.shape[0], plan.starts[-1])
     kernel = _kernel(
         psumbook_partial_sums,
-        out_type=jax.ShapeDtypeStruct(
-            (x.shape[0], plan.starts[-1], plan.block_columns), jnp.float32
-        ),
+        out_type=[
+            jax.ShapeDtypeStruct((*grid, plan.block_columns), plan.partial_dtype),
+            jax.ShapeDtypeStruct(grid, jnp.float32),
+        ],
         scratch_types=[
             plgpu.SMEM((plan.quads, plan.vectors, plan.row_words), jnp.uint32),
             plgpu.SMEM((plan.window,), jnp.float32),
-            plgpu.SMEM((2, plan.threads // WARP), jnp.uint32),
-            plgpu.Barrier(num_arrivals=plan.warpgroups),
+            plgpu.SMEM((3, plan.threads // WARP), jnp.uint32),
         ],
-        grid=(x.shape[0], plan.starts[-1]),
+        grid=grid,
         warpgroups=plan.warpgroups,
         interpret=interpret,
     )
     return kernel(
         x,
         *(w.codes for w in weights),
-        *(w.codebooks.reshape(plan.vectors, -1) for w in weights),
+        *(w.codebooks.reshape(plan.parts * plan.vectors, -1) for w in weights),
         *(w.scales for w in weights),
     )
 
 
-def _copy_features(x_ref, window, features, part) -> None:
-    """Copy 128 input features to shared memory, those at `part` of the block's window."""
-
-    @pl.when(part < features.shape[0])
-    def _():
-        one = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
-        some = plgpu.load(x_ref.at[pl.ds(window + part, WARPGROUP)], layout=one)
-        features[pl.ds(part, WARPGROUP)] = some.astype(jnp.float32)
+def _features(x_ref, plan: Plan, window: jax.Array, part: jax.Array) -> jax.Array:
+    """128 input features, those at `part` of the block's window; the last if it ends before."""
+    part = window + jnp.minimum(part, plan.window - WARPGROUP)
+    layout = plgpu.Layout.WG_STRIDED((WARPGROUP,), vec_size=1)
+    return plgpu.load(x_ref.at[pl.ds(part, WARPGROUP)], layout=layout).astype(jnp.float32)
 
 
-def _summed(partial: jax.Array, plan: Plan, dtype: Any, interpret: bool) -> list[jax.Array]:
+def _summed(
+    partial: jax.Array, units: jax.Array, plan: Plan, dtype: Any, interpret: bool
+) -> list[jax.Array]:
     """Add the partial sums of all splits: [M, N_i rounded up] in `dtype` for each matrix."""
     M, count = partial.shape[0], len(plan.widths)
     primitives = interpreted if interpret else threads
 
-    def psumbook_sum(partial_ref, *refs):
-        out_refs, (buffer, barrier) = refs[:count], refs[count:]
+    def psumbook_sum(partial_ref, units_ref, *refs):
+        out_refs, (buffer, *barrier) = refs[:count], refs[count:]
         row, block = jax.lax.axis_index("row"), jax.lax.axis_index("block")
         warpgroup = jax.lax.axis_index("warpgroup")
         matrix, local = _matrix(block, plan.sum_starts)
@@ -217,13 +231,9 @@ def _summed(partial: jax.Array, plan: Plan, dtype: Any, interpret: bool) -> list
         across = column // plan.block_columns
         first = _item(matrix, plan.starts[:-1]) + across * splits
         inside = column - across * plan.block_columns
-        rounds = pl.cdiv(max(plan.splits), SUM_ROWS)
-        own = partial_ref.at[row]
-        sums = primitives.sum_splits(own, first, splits, inside, rounds, warpgroup)
-        size = SUM_COLUMNS * SUM_ROWS // SUM_WARPGROUPS
-        buffer[pl.ds(warpgroup * size, size)] = sums
-
-        primitives.sync(barrier)
+        own = (partial_ref.at[row], units_ref.at[row], buffer)
+        primitives.sum_splits(plan, *own, first, splits, inside, warpgroup)
+        primitives.sync(*barrier)
 
         @pl.when(warpgroup == 0)
         def _():
@@ -234,17 +244,18 @@ def _summed(partial: jax.Array, plan: Plan, dtype: Any, interpret: bool) -> list
         psumbook_sum,
         out_type=[jax.ShapeDtypeStruct((M, width), dtype) for width in widths],
         scratch_types=[
-            plgpu.SMEM((SUM_ROWS * SUM_COLUMNS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=SUM_WARPGROUPS),
+            plgpu.SMEM((SUM_WARPGROUPS * WARPGROUP // WARP * SUM_COLUMNS,), jnp.float32),
         ],
         grid=(M, plan.sum_starts[-1]),
         warpgroups=SUM_WARPGROUPS,
         interpret=interpret,
     )
-    return kernel(partial)
+    return kernel(partial, units)
 
 
 def _kernel(body, *, out_type, scratch_types, grid, warpgroups, interpret):
+    if interpret:  # where there is no `bar.sync`, which needs no setting up
+        scratch_types = [*scratch_types, plgpu.Barrier(num_arrivals=warpgroups)]
     return plgpu.kernel(
         body,
         out_type=out_type,

@@ -1,10 +1,11 @@
 """How the Psumbook kernel cuts a product up: tile sizes, and every size that follows from them.
 
 Letters: M rows, K input and N output features, m codebooks, v weights a code, g weights a scale,
-b bits a code. A *quad* is 4 segments of v input features; a *tile* is the quads whose table lies
-in shared memory at one time; a *span* is the columns that a warpgroup walks at once.
+b bits a code. A *quad* is 4 segments of v input features; a *tile* is the quads and codebooks whose
+table lies in shared memory at one time; a *span* is the columns that a warpgroup walks at once.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -19,16 +20,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxcodec.spec import CodebookSpec
 
 WARP, WARPGROUP = 32, 128
-WIDEST = 14336  # columns of a block at most: 28 sums a thread still fit in its registers
 QUAD = 4  # segments, whose entries share a row of the table
+COPIES = 32  # of a word, one for each bank: two 16-bit entries, or a float32 one in half as many
 TABLE_BYTES = 192 * 1024  # of the 227 KiB that a block may have: x and maxima need the rest
 MULTIPROCESSORS = 132  # of an H100
-# Cycles of shared memory that a warp's lookup takes on average when every entry has this many
-# copies: the fullest of the banks decides. 32 and 16 follow from the layout, the rest is measured.
-LOOKUP_CYCLES = {32: 1.0, 16: 2.0, 8: 2.9, 4: 3.1}
+WARPGROUPS = 4  # of wide blocks: 3, 6 and 7 were slower, 8 no faster
+WIDEST = 14336  # columns of a block at most: 28 sums a thread still fit in its registers
+MOST_CHUNKS = WIDEST // (WARPGROUPS * WARPGROUP * QUAD)
+HELD_REGISTERS = 40  # of a thread, for codes and scales that are on their way
 LARGEST = 32767.0  # of a 16-bit integer
 SMALLEST = 1e-30  # products this small are as good as 0, and 1 / largest stays finite
-SUM_COLUMNS = 32  # of a block of the second kernel: a cache line of partial sums
+SUM_COLUMNS = 32  # of a block of the second kernel, 4 of each thread
 SUM_WARPGROUPS = 2
 
 
@@ -40,8 +42,8 @@ class Tiling:
       warpgroups: of 128 threads in a block.
       columns: neighbouring output features that a thread loads at once (4, 2 or 1).
       chunks: times that it does so for one tile; each has its sums in registers.
-      words: packed words of each codebook in a tile.
-      copies: of each word of the table, a bank for each up to 32 (32, 16, 8 or 4).
+      words: packed words of K in a tile; several only of all books.
+      books: codebooks in a tile; divides m.
       ahead: chunks whose codes are on their way while one is looked up.
       blocks: of the grid at most, unless a block would have no tile.
     """
@@ -50,7 +52,7 @@ class Tiling:
     columns: int
     chunks: int
     words: int
-    copies: int = 32
+    books: int
     ahead: int = 4
     blocks: int = MULTIPROCESSORS
 
@@ -63,9 +65,9 @@ class Plan:
       spec: the format, shared by all matrices.
       K: input features.
       widths: N of each matrix.
-      columns, chunks, warpgroups, words, copies, ahead: as in Tiling, for these widths.
-      splits: parts of K, for each matrix.
-      exact: float32 entries instead of 16-bit integers.
+      columns, chunks, warpgroups, words, books, ahead: as in Tiling, for these widths.
+      splits: parts of the tiles, for each matrix.
+      exact: float32 entries and partial sums instead of 16-bit integers.
     """
 
     spec: CodebookSpec
@@ -75,7 +77,7 @@ class Plan:
     chunks: int
     warpgroups: int
     words: int
-    copies: int
+    books: int
     ahead: int
     splits: tuple[int, ...]
     exact: bool
@@ -86,16 +88,20 @@ class Plan:
     ) -> "Plan":
         """The plan of `tiles` for x of `dtype` and weights [K, N] for N in `widths`."""
         columns = math.gcd(tiles.columns, *widths)
+        chunks = tiles.chunks * (tiles.columns // columns)
+        # Tiles are chosen for the sum of the widths, and may be too wide for each of them.
+        needed = min(chunks, pl.cdiv(max(widths), tiles.warpgroups * WARPGROUP * columns))
+        ahead = tiles.ahead if needed == chunks else min(tiles.ahead, max(needed, 2))
         plan = cls(
             spec=spec,
             K=K,
             widths=tuple(widths),
             columns=columns,
-            chunks=tiles.chunks * (tiles.columns // columns),
+            chunks=needed,
             warpgroups=tiles.warpgroups,
             words=tiles.words,
-            copies=tiles.copies,
-            ahead=tiles.ahead,
+            books=tiles.books,
+            ahead=ahead,
             splits=(1,) * len(widths),
             exact=jnp.dtype(dtype) == jnp.float32,
         )
@@ -103,35 +109,28 @@ class Plan:
 
     def _balanced(self, blocks: int) -> tuple[int, ...]:
         """Splits of each matrix with which the slowest block of at most `blocks` ends first."""
-        most = [self.tiles] * len(self.widths)  # tiles of a block
 
-        def splits():
-            return tuple(pl.cdiv(self.tiles, tiles) for tiles in most)
+        def splits(cycles: int) -> tuple[int, ...]:
+            shares = [min(max(cycles // own, 1), self.tiles) for own in self.tile_cycles]
+            return tuple(pl.cdiv(self.tiles, share) for share in shares)
 
-        best = splits()
-        while max(most) > 1:
-            times = [tiles * cycles for tiles, cycles in zip(most, self.tile_cycles, strict=True)]
-            slowest = int(
-                np.argmax([t * (tiles > 1) for t, tiles in zip(times, most, strict=True)])
-            )
-            most[slowest] -= 1
-            if np.dot(splits(), self.column_blocks) > blocks:
-                break
-            best = splits()
-        return best
+        def fits(cycles: int) -> bool:
+            return np.dot(splits(cycles), self.column_blocks) <= blocks
+
+        longest = self.tiles * max(self.tile_cycles)
+        return splits(bisect.bisect_left(range(longest), True, key=fits))
 
     @property
-    def tile_cycles(self) -> tuple[float, ...]:
+    def tile_cycles(self) -> tuple[int, ...]:
         """Cycles of shared memory that a tile takes, for a block of each matrix."""
-        lookups = self.spec.num_codebooks * self.words * self.spec.codes_per_word
-        cycles = lookups * (2 if self.exact else 1) * LOOKUP_CYCLES[self.copies] / WARP
+        lookups = self.books * self.words * self.spec.codes_per_word * (2 if self.exact else 1)
         widths = [min(N, self.block_columns) for N in self.widths]
-        return tuple(self.table_bytes / 128 + cycles * width for width in widths)
+        return tuple(self.table_bytes // 128 + lookups * pl.cdiv(N, WARP) for N in widths)
 
     @property
     def vectors(self) -> int:
-        """Codebook vectors, m 2**b."""
-        return self.spec.num_codebooks * self.spec.codebook_size
+        """Codebook vectors of a tile."""
+        return self.books * self.spec.codebook_size
 
     @property
     def quads(self) -> int:
@@ -141,7 +140,7 @@ class Plan:
     @property
     def row_words(self) -> int:
         """Words of a row of the table: entries of one vector with a quad, in all copies."""
-        return 2 * self.copies
+        return 2 * COPIES
 
     @property
     def table_bytes(self) -> int:
@@ -154,9 +153,14 @@ class Plan:
         return QUAD * self.quads * self.spec.vector_length
 
     @property
+    def parts(self) -> int:
+        """Tiles of the same input features, each of other books."""
+        return self.spec.num_codebooks // self.books
+
+    @property
     def tiles(self) -> int:
-        """Tiles of K."""
-        return self.K // self.features
+        """Tiles of a matrix."""
+        return self.K // self.features * self.parts
 
     @property
     def threads(self) -> int:
@@ -209,7 +213,13 @@ class Plan:
     def window(self) -> int:
         """Input features in shared memory: those of all tiles of a block, in whole warpgroups."""
         most = max(pl.cdiv(self.tiles, splits) for splits in self.splits)
+        most = min((most + self.parts - 2) // self.parts + 1, self.tiles // self.parts)
         return pl.cdiv(most * self.features, WARPGROUP) * WARPGROUP
+
+    @property
+    def partial_dtype(self) -> Any:
+        """Of partial sums: integers in units of the largest of a block, or float32."""
+        return jnp.float32 if self.exact else jnp.int16
 
     @property
     def layout(self) -> Any:
@@ -246,15 +256,46 @@ def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
 
 @functools.cache
 def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
-    """Tilings worth timing, the one of `tiling` first; raises as `tiling` does."""
+    """At most 6 tilings worth timing, the one of `tiling` first; raises as `tiling` does."""
     if reason := refusal(M, K, N, spec, jnp.dtype(jnp.float32)):
         raise NotImplementedError(f"The Mosaic Psumbook kernel cannot run: {reason}.")
-    width = pl.cdiv(N, pl.cdiv(N, WIDEST))  # columns of a block, near enough
-    warpgroups = 4 if width > 1024 else 2
-    chunks = pl.cdiv(width, 4 * WARPGROUP * warpgroups)
-    row_bytes = 8 * spec.codes_per_word // QUAD * spec.num_codebooks * spec.codebook_size
-    copies = next(copies for copies in (32, 16, 8, 4) if row_bytes * copies <= TABLE_BYTES)
-    return [
-        Tiling(warpgroups, 4, chunks, 1, copies, ahead, MULTIPROCESSORS)
-        for ahead in ((3, 4, 2) if chunks > 2 else (2, 3))
+    m, word = spec.num_codebooks, spec.codes_per_word * spec.vector_length
+    # Two words of a column share the conversion of their sum and its scale.
+    words = 2 if m == 1 and spec.group_size % (2 * word) == 0 else 1
+    sizes = [(words, {1: 1, 2: 2, 3: 3, 4: 2}[m]), (1, 1)]
+    across = pl.cdiv(N, WIDEST)  # blocks
+
+    def time(size: tuple[int, int]) -> float:
+        """Of the slowest block, in words; a tile of one took a fifth longer for each."""
+        own = math.prod(size)
+        tiles = K // word * m // own
+        return own * pl.cdiv(tiles, max(MULTIPROCESSORS // across, 1)) * (1.2 if own == 1 else 1)
+
+    sizes.sort(key=time)
+    best = _tiling(N, across, 4, *sizes[0])
+    halved = _tiling(N, across, 2, *sizes[0])
+    if best.warpgroups < WARPGROUPS and best.columns > 1:
+        halved = dataclasses.replace(best, warpgroups=WARPGROUPS, columns=best.columns // 2)
+    found = [
+        best,
+        dataclasses.replace(best, ahead=max(best.ahead // 2, 1)),
+        dataclasses.replace(best, ahead=best.ahead + 1),
+        halved,
+        _tiling(N, across, 4, *sizes[1]),
+        _tiling(N, 2 * across, 4, *sizes[0]),
     ]
+    return list(dict.fromkeys(found))
+
+
+def _tiling(N: int, across: int, columns: int, words: int, books: int) -> Tiling:
+    """The tiling with `across` blocks over N columns, of which a thread loads `columns` at once."""
+    width = pl.cdiv(N, across)
+    warpgroups = WARPGROUPS if width > 1024 else 2
+    while columns > 1 and warpgroups * WARPGROUP * columns > width:
+        columns //= 2
+    chunks = min(pl.cdiv(width, warpgroups * WARPGROUP * columns), MOST_CHUNKS)
+    held = max(HELD_REGISTERS // (columns * words * books + columns // 2), 1)
+    # Codes that take the registers of those just used need no moves.
+    even = [ahead for ahead in range(held // 2 + 1, held + 1) if chunks % ahead == 0]
+    ahead = max(even, default=max(min(held, chunks), 2))
+    return Tiling(warpgroups, columns, chunks, words, books, ahead)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -33,6 +34,7 @@ from jaxcodec.pallas_kernels.lanes import (
     vec,
 )
 from jaxcodec.pallas_kernels.psumbook.plan import (
+    COPIES,
     LARGEST,
     QUAD,
     SMALLEST,
@@ -49,9 +51,8 @@ STREAMED = ".L1::no_allocate.L2::256B"
 MAX_LOAD = 16  # bytes
 
 
-def sync(barrier) -> None:
+def sync() -> None:
     """Wait for all threads of the block."""
-    del barrier  # which only the interpreter has to have: the hardware's own is faster
 
     @plgpu.inline_mgpu()
     def wait(_):
@@ -67,20 +68,19 @@ def load(plan: Plan, codes, scales, matrix, tile, start, wanted):
       codes: uint32 refs [m, words of K, N].
       scales: refs [K // g, N].
       tile, start: scalars, the tile and the first column.
-      wanted: scalar; without it nothing is loaded and the results are arbitrary, as they are
-        beyond the last column.
+      wanted: scalar; without it, and beyond the last column, the first words are loaded: a
+        register that a predicate leaves undefined would be taken for any other.
 
     Returns:
       uint32 [span] for each word of the tile and each codebook, and the scales [span].
     """
-    m = plan.spec.num_codebooks
     word_type = plgpu.ShapeDtypeStruct((plan.span,), jnp.uint32, plan.layout)
     scale_type = plgpu.ShapeDtypeStruct((plan.span,), scales[0].dtype, plan.layout)
     refs = (plgpu.RefType(),) * len(codes)
 
     @plgpu.inline_mgpu(
         arg_types=(refs, refs, *(SCALAR,) * 4),
-        return_type=([word_type] * (plan.words * m), scale_type),
+        return_type=([word_type] * (plan.words * plan.books), scale_type),
     )
     def load(_, codes, scales, *scalars):
         matrix, tile, start, wanted = (scalar.registers.item() for scalar in scalars)
@@ -88,54 +88,57 @@ def load(plan: Plan, codes, scales, matrix, tile, start, wanted):
         column = add(start, mul(_thread(WARPGROUP), plan.columns))
         if plan.ragged:
             wanted = arith.andi(wanted, below(column, width))
-        first = add(arith.muli(mul(tile, plan.words), width), column)
+        rows = plan.tiles // plan.parts * plan.words
+        part, tile = rem(tile, plan.parts), div(tile, plan.parts)
+        row = add(mul(part, plan.books * rows), mul(tile, plan.words))
+        first = arith.select(wanted, add(arith.muli(row, width), column), c(0))
         base = at(_choose(matrix, [global_pointer(ref) for ref in codes]), mul(first, 4))
-        rows = plan.tiles * plan.words
         words = []
-        for w, book in np.ndindex(plan.words, m):
+        for w, book in np.ndindex(plan.words, plan.books):
             place = at(base, mul(width, 4 * (book * rows + w)))
-            words.append(_load_global(place, i32(), plan.columns, STREAMED, wanted))
+            words.append(_load_global(place, i32(), plan.columns, STREAMED))
         dtype = ir.MemRefType(scales[0].type).element_type
         group = div(mul(tile, plan.features), plan.spec.group_size)
-        first = add(arith.muli(group, width), column)
+        first = arith.select(wanted, add(arith.muli(group, width), column), c(0))
         base = _choose(matrix, [global_pointer(ref) for ref in scales])
         place = at(base, mul(first, mgpu_utils.bitwidth(dtype) // 8))
-        scale = _load_global(place, dtype, plan.columns, "", wanted)
-        # Loads do not sink below this; left alone, the compiler issues them when they are needed.
-        mgpu_utils.warp_barrier()
+        scale = _load_global(place, dtype, plan.columns)
+        if plan.ragged:  # an arbitrary scale might outweigh all that counts
+            scale = arith.select(wanted, scale, mgpu_utils.c(0.0, scale.type))
         words = [_fragment(word, plan.layout, is_signed=False) for word in words]
         return words, _fragment(scale, plan.layout)
 
     return load(tuple(codes), tuple(scales), matrix, tile, start, wanted)
 
 
-def vectors(plan: Plan, codebooks, matrix, warpgroup):
-    """The codebook vectors of each thread, `held` arrays float32 [128 v].
+def vectors(plan: Plan, codebooks, matrix, tile, warpgroup):
+    """The codebook vectors that each thread needs for a tile, `held` arrays [128 v].
 
-    In its turn j thread t forms entries of vector t + j * threads, modulo their number.
+    In its turn j thread t forms entries of vector t + j * threads of the tile's, modulo their
+    number.
     """
     del warpgroup  # the thread index runs over all of them
     v = plan.spec.vector_length
     layout = _vectors_layout(plan)
-    some = plgpu.ShapeDtypeStruct((WARPGROUP * v,), jnp.float32, layout)
+    some = plgpu.ShapeDtypeStruct((WARPGROUP * v,), codebooks[0].dtype, layout)
 
     @plgpu.inline_mgpu(
-        arg_types=((plgpu.RefType(),) * len(codebooks), SCALAR), return_type=[some] * plan.held
+        arg_types=((plgpu.RefType(),) * len(codebooks), SCALAR, SCALAR),
+        return_type=[some] * plan.held,
     )
-    def vectors(_, codebooks, matrix):
-        base = _choose(matrix.registers.item(), [global_pointer(ref) for ref in codebooks])
+    def vectors(_, codebooks, matrix, tile):
+        matrix, tile = matrix.registers.item(), tile.registers.item()
+        base = _choose(matrix, [global_pointer(ref) for ref in codebooks])
+        first = mul(rem(tile, plan.parts), plan.vectors)
         dtype = ir.MemRefType(codebooks[0].type).element_type
         found = []
         for turn in range(plan.held):
-            _, own = _job(plan, turn)
+            own = add(first, _job(plan, turn)[1])
             place = at(base, mul(own, v * mgpu_utils.bitwidth(dtype) // 8))
-            values = _load_global(place, dtype, v)
-            if dtype != f32():
-                values = arith.extf(vec(v, f32()), values)
-            found.append(_fragment(values, layout))
+            found.append(_fragment(_load_global(place, dtype, v), layout))
         return found
 
-    return vectors(tuple(codebooks), matrix)
+    return vectors(tuple(codebooks), matrix, tile)
 
 
 def products(plan: Plan, features, vectors, maxima, warpgroup):
@@ -162,7 +165,10 @@ def products(plan: Plan, features, vectors, maxima, warpgroup):
         base = mgpu_utils.memref_ptr(features)
         entries = []
         for turn in range(plan.turns):
-            own = _elements(vectors[turn % plan.held].registers.item())
+            own = vectors[turn % plan.held].registers.item()
+            if ir.VectorType(own.type).element_type != f32():
+                own = arith.extf(vec(v, f32()), own)
+            own = _elements(own)
             pair = smaller(_job(plan, turn)[0], 2 * plan.quads - 1)
             place = at(base, mul(pair, 2 * v * 4))
             x = []
@@ -171,12 +177,7 @@ def products(plan: Plan, features, vectors, maxima, warpgroup):
                 x += _elements(part)
             entries += [_dot(x[:v], own), _dot(x[v:], own)]
         if not plan.exact:
-            # Magnitudes order as their bits do.
-            bits = [arith.andi(arith.bitcast(i32(), e), c(0x7FFFFFFF)) for e in entries]
-            largest = _largest_of_warp(functools.reduce(arith.maxui, bits))
-            with mgpu_utils.when(below(_thread(WARP), 1)):
-                place = at(mgpu_utils.memref_ptr(maxima), mul(div(_thread(), WARP), 4))
-                llvm.store(largest, place)
+            _note_largest(entries, maxima)
         return _fragment(_packed(entries), layout)
 
     return products(features, list(vectors), maxima)
@@ -199,12 +200,7 @@ def fill(plan: Plan, table, entries, maxima, warpgroup):
         base, entries = mgpu_utils.memref_ptr(table), _elements(entries.registers.item())
         unit = inverse = mgpu_utils.c(1.0, f32())
         if not plan.exact:
-            largest = _largest(plan, maxima)
-            unit = arith.mulf(largest, mgpu_utils.c(1 / LARGEST, f32()))
-            inverse = mgpu_utils.inline_ptx(
-                "rcp.approx.ftz.f32 $0, $1;", largest, result_types=f32()
-            )
-            inverse = arith.mulf(inverse, mgpu_utils.c(LARGEST, f32()))
+            unit, inverse = _unit(plan, maxima)
         for turn in range(plan.turns):
             pair, own = _job(plan, turn)
             both = entries[2 * turn : 2 * turn + 2]
@@ -227,18 +223,14 @@ def fill(plan: Plan, table, entries, maxima, warpgroup):
 def _store_half_row(plan: Plan, base: ir.Value, offset: ir.Value, both: Sequence[ir.Value]):
     """Write the copies of two words; the two are one value unless entries are exact."""
     first, second = both
-    if plan.copies == 4:
-        values = vector.from_elements(vec(4, i32()), [first, first, second, second])
-        llvm.store(values, at(base, offset), alignment=MAX_LOAD)
-        return
-    chunks = 4 * plan.copies // MAX_LOAD
+    chunks = 4 * COPIES // MAX_LOAD
     offset = add(offset, mul(_thread(chunks), MAX_LOAD))
     # Opaque, or the compiler keeps all the addresses in registers throughout the kernel.
     offset = mgpu_utils.inline_ptx(
         "mov.b32 $0, $1;", offset, result_types=i32(), has_side_effects=True
     )
     if first is not second:
-        upper = arith.andi(offset, c(2 * plan.copies))
+        upper = arith.andi(offset, c(2 * COPIES))
         swapped = arith.cmpi(arith.CmpIPredicate.ne, upper, c(0))
         first, second = (
             arith.select(swapped, second, first),
@@ -254,7 +246,7 @@ def gather(plan: Plan, table, words):
     """Sum a tile's entries of one span: float32 [span], in units of `fill`.
 
     Args:
-      table: uint32 ref [quads, m 2**b, words of a row].
+      table: uint32 ref [quads, vectors, words of a row].
       words: of `load`.
     """
     spec = plan.spec
@@ -265,12 +257,12 @@ def gather(plan: Plan, table, words):
     )
     def gather(_, table, words):
         base = shared_address(mgpu_utils.memref_ptr(table))
-        lane = mul(_thread(plan.copies // 2 if plan.exact else plan.copies), 4)
+        lane = mul(_thread(COPIES // 2 if plan.exact else COPIES), 4)
         columns = [_elements(word.registers.item()) for word in words]
         sums = []
         for column in range(plan.columns):
             entries = []
-            for place, (w, book) in enumerate(np.ndindex(plan.words, spec.num_codebooks)):
+            for place, (w, book) in enumerate(np.ndindex(plan.words, plan.books)):
                 for i in range(spec.codes_per_word):
                     quad, s = divmod(w * spec.codes_per_word + i, QUAD)
                     offset = _row_offset(plan, columns[place][column], i, lane)
@@ -299,9 +291,9 @@ def _row_offset(plan: Plan, word: ir.Value, i: int, lane: ir.Value) -> ir.Value:
 def _entry(plan: Plan, address: ir.Value, row: int, s: int) -> ir.Value:
     """Entry of segment s of a quad: float32, or an integer. It must not move over a barrier."""
     if plan.exact:
-        offset, kind, dtype = s * 2 * plan.copies, "f32", f32()
+        offset, kind, dtype = s * 2 * COPIES, "f32", f32()
     else:
-        offset, kind, dtype = s // 2 * 4 * plan.copies + s % 2 * 2, "s16", i32()
+        offset, kind, dtype = s // 2 * 4 * COPIES + s % 2 * 2, "s16", i32()
     offset += row * 4 * plan.row_words
     return mgpu_utils.inline_ptx(
         f"ld.shared.{kind} $0, [$1+{offset}];",
@@ -311,44 +303,95 @@ def _entry(plan: Plan, address: ir.Value, row: int, s: int) -> ir.Value:
     )
 
 
-def sum_splits(partial, first, splits, column, rounds, warpgroup):
-    """Each thread's sums over some of the splits for 4 of 32 columns, float32 [512].
-
-    Args:
-      partial: float32 ref [blocks, columns of a block].
-      first, splits, column: scalars: the block of the first split, their number, the first column.
-      rounds: how many splits a thread adds at most.
-    """
+def note_largest(plan: Plan, sums, maxima, warpgroup) -> None:
+    """Leave the bits of each warp's largest magnitude of `sums` in `maxima`, as `products` does."""
     del warpgroup
-    size, width = WARPGROUP * QUAD, partial.shape[1]
-    layout = plgpu.Layout.WG_STRIDED((size,), vec_size=QUAD)
-    step = SUM_WARPGROUPS * size // SUM_COLUMNS
+
+    @plgpu.inline_mgpu(arg_types=([plan.layout] * len(sums), plgpu.RefType()))
+    def note_largest(_, sums, maxima):
+        _note_largest([e for some in sums for e in _elements(some.registers.item())], maxima)
+
+    note_largest(list(sums), maxima)
+
+
+def integers(plan: Plan, sums, maxima, unit, warpgroup):
+    """`sums` as int16 [span] in units of the block's largest / 32767, which goes to `unit` [1]."""
+    del warpgroup
+    some = plgpu.ShapeDtypeStruct((plan.span,), jnp.int16, plan.layout)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), SCALAR, SCALAR, SCALAR),
-        return_type=plgpu.ShapeDtypeStruct((size,), jnp.float32, layout),
+        arg_types=([plan.layout] * len(sums), plgpu.RefType(), plgpu.RefType()),
+        return_type=[some] * len(sums),
     )
-    def sum_splits(_, partial, *scalars):
-        first, splits, column = (scalar.registers.item() for scalar in scalars)
-        threads = SUM_COLUMNS // QUAD
-        begin = div(_thread(), threads)
-        column = add(column, mul(_thread(threads), QUAD))
-        place = at(global_pointer(partial), mul(column, 4))
-        place = at(place, mul(add(first, begin), 4 * width))
-        total = mgpu_utils.c(0.0, vec(QUAD, f32()))
-        for turn in range(rounds):
-            here = below(add(begin, turn * step), splits)
-            part = at(place, turn * step * 4 * width)
-            some = _load_global(part, f32(), QUAD, "", here)
-            zeros = mgpu_utils.c(0.0, vec(QUAD, f32()))
-            total = arith.addf(total, arith.select(here, some, zeros))
-        return _fragment(total, layout)
+    def integers(_, sums, maxima, unit):
+        size, inverse = _unit(plan, maxima)
+        with mgpu_utils.when(below(_thread(), 1)):
+            llvm.store(size, global_pointer(unit))
+        results = []
+        for one in sums:
+            values = [arith.mulf(e, inverse) for e in _elements(one.registers.item())]
+            pairs = [_integers((values + values[-1:])[i : i + 2]) for i in range(0, len(values), 2)]
+            half = ir.IntegerType.get_signless(16)
+            packed = vector.bitcast(vec(2 * len(pairs), half), _packed(pairs))
+            if plan.columns == 1:
+                packed = vector.extract_strided_slice(vec(1, half), packed, [0], [1], [1])
+            results.append(_fragment(packed, plan.layout, is_signed=True))
+        return results
 
-    return sum_splits(partial, first, splits, column)
+    return integers(list(sums), maxima, unit)
+
+
+def sum_splits(plan: Plan, partial, units, buffer, first, splits, column, warpgroup) -> None:
+    """Each warp's sums over some of the splits for 32 columns, to its row of `buffer`.
+
+    Args:
+      partial: ref [blocks, columns of a block].
+      units: float32 ref [blocks], by which integers are multiplied.
+      buffer: float32 ref [warps * 32].
+      first, splits, column: scalars: the block of the first split, their number, the first column.
+    """
+    del warpgroup
+    kind = jnp.dtype(partial.dtype)
+    lanes = SUM_COLUMNS // QUAD  # for a split, each with 4 columns
+    step = SUM_WARPGROUPS * WARPGROUP // lanes
+    width = partial.shape[1] * kind.itemsize
+
+    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, SCALAR, SCALAR, SCALAR))
+    def sum_splits(_, partial, units, buffer, *scalars):
+        first, splits, column = (scalar.registers.item() for scalar in scalars)
+        begin = div(_thread(), lanes)
+        column = add(column, mul(_thread(lanes), QUAD))
+        place = at(global_pointer(partial), mul(column, kind.itemsize))
+        parts = []
+        for turn in range(pl.cdiv(max(plan.splits), step)):
+            here = below(add(begin, turn * step), splits)
+            dtype = ir.MemRefType(partial.type).element_type
+            row = add(first, arith.select(here, add(begin, turn * step), c(0)))
+            some = _load_global(at(place, mul(row, width)), dtype, QUAD)
+            unit = _load_global(at(global_pointer(units), mul(row, 4)), f32(), 1)
+            parts.append((here, some, unit))
+        zeros = mgpu_utils.c(0.0, vec(QUAD, f32()))
+        total = zeros
+        for here, some, unit in parts:
+            if not plan.exact:
+                unit = vector.broadcast(vec(QUAD, f32()), vector.extract(unit, [], [0]))
+                some = arith.mulf(arith.sitofp(vec(QUAD, f32()), some), unit)
+            total = arith.addf(total, arith.select(here, some, zeros))
+        sums = _elements(total)
+        distance = lanes
+        while distance < WARP:
+            sums = [arith.addf(e, mgpu_utils.shfl_bfly(e, distance)) for e in sums]
+            distance *= 2
+        with mgpu_utils.when(below(_thread(WARP), lanes)):
+            place = add(mul(div(_thread(), WARP), SUM_COLUMNS), mul(_thread(lanes), QUAD))
+            place = at(mgpu_utils.memref_ptr(buffer), mul(place, 4))
+            llvm.store(_packed(sums), place, alignment=MAX_LOAD)
+
+    sum_splits(partial, units, buffer, first, splits, column)
 
 
 def write_sums(buffer, outs, matrix, column) -> None:
-    """Add what the threads left of each of 32 columns in `buffer`, and write the results.
+    """Add what the warps left of each of 32 columns in `buffer`, and write the results.
 
     Args:
       buffer: float32 ref [rows * 32].
@@ -392,12 +435,24 @@ def _job(plan: Plan, turn: int) -> tuple[ir.Value, ir.Value]:
     return div(job, plan.vectors), rem(job, plan.vectors)
 
 
-def _largest(plan: Plan, maxima: ir.Value) -> ir.Value:
-    """The largest magnitude of the tile, from those of all warps."""
+def _note_largest(values: Sequence[ir.Value], maxima: ir.Value) -> None:
+    """Leave the bits of the warp's largest magnitude in its place of `maxima`."""
+    # Magnitudes order as their bits do.
+    bits = [arith.andi(arith.bitcast(i32(), value), c(0x7FFFFFFF)) for value in values]
+    largest = _largest_of_warp(functools.reduce(arith.maxui, bits))
+    with mgpu_utils.when(below(_thread(WARP), 1)):
+        llvm.store(largest, at(mgpu_utils.memref_ptr(maxima), mul(div(_thread(), WARP), 4)))
+
+
+def _unit(plan: Plan, maxima: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """What one of the largest integers stands for, from the maxima of all warps; its inverse."""
     lane = smaller(_thread(WARP), plan.threads // WARP - 1)
     bits = llvm.load(i32(), at(mgpu_utils.memref_ptr(maxima), mul(lane, 4)), alignment=4)
     largest = arith.bitcast(f32(), _largest_of_warp(bits))
-    return arith.maximumf(largest, mgpu_utils.c(SMALLEST, f32()))
+    largest = arith.maximumf(largest, mgpu_utils.c(SMALLEST, f32()))
+    inverse = mgpu_utils.inline_ptx("rcp.approx.ftz.f32 $0, $1;", largest, result_types=f32())
+    unit = arith.mulf(largest, mgpu_utils.c(1 / LARGEST, f32()))
+    return unit, arith.mulf(inverse, mgpu_utils.c(LARGEST, f32()))
 
 
 def _largest_of_warp(value: ir.Value) -> ir.Value:
@@ -413,10 +468,8 @@ def _integers(both: Sequence[ir.Value]) -> ir.Value:
     return mgpu_utils.inline_ptx("prmt.b32 $0, $1, $2, 0x5410;", low, high, result_types=i32())
 
 
-def _load_global(
-    place: ir.Value, dtype: ir.Type, length: int, hint: str = "", wanted: ir.Value | None = None
-) -> ir.Value:
-    """A vector of `length` values, aligned to its size or 16 bytes; arbitrary if not wanted."""
+def _load_global(place: ir.Value, dtype: ir.Type, length: int, hint: str = "") -> ir.Value:
+    """A vector of `length` values that nobody writes, aligned to its size or 16 bytes."""
     total = length * mgpu_utils.bitwidth(dtype) // 8
     unit = ir.IntegerType.get_signless(16) if total == 2 else i32()
     unit_bytes = mgpu_utils.bitwidth(unit) // 8
@@ -426,12 +479,11 @@ def _load_global(
         count = min(total - begin, MAX_LOAD) // unit_bytes
         names = ", ".join(f"${i}" for i in range(count))
         kind = f"v{count}.u{8 * unit_bytes} {{{names}}}" if count > 1 else f"u{8 * unit_bytes} $0"
-        text, operands = f"ld.global{hint}.{kind}, [${count}+{begin}];", [address]
-        if wanted is not None:
-            text = f"{{ .reg .pred p; setp.ne.b32 p, ${count + 1}, 0; @p {text} }}"
-            operands.append(arith.extui(i32(), wanted))
         parts += mgpu_utils.inline_ptx(
-            text, *operands, result_types=[unit] * count, has_side_effects=True
+            f"ld.global.nc{hint}.{kind}, [${count}+{begin}];",
+            address,
+            result_types=[unit] * count,
+            has_side_effects=True,
         )
     return vector.bitcast(vec(length, dtype), _packed(parts))
 

@@ -14,33 +14,35 @@ from jaxcodec.pallas_kernels.psumbook import Tiling, candidates, refusal, tiling
 from jaxcodec.pallas_kernels.psumbook import interpreted as twins
 from jaxcodec.pallas_kernels.psumbook.plan import TABLE_BYTES, Plan
 from jaxcodec.pallas_kernels.reference import reference
-from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B, LLAMA_70B_TOGETHER
+from jaxcodec.pallas_kernels.shapes import (
+    LLAMA_8B,
+    LLAMA_8B_TOGETHER,
+    LLAMA_70B,
+    LLAMA_70B_TOGETHER,
+)
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import random_codebook_tensor
 
 INTERPRET = jax.default_backend() != "gpu"
-ONE = Tiling(warpgroups=1, columns=4, chunks=1, words=1, ahead=1, blocks=1)
-TWO_SPLITS = Tiling(warpgroups=2, columns=4, chunks=1, words=1, ahead=2, blocks=2)
-TWO_CHUNKS = Tiling(warpgroups=1, columns=2, chunks=2, words=1, ahead=3, blocks=3)
-TWO_WORDS = Tiling(warpgroups=2, columns=4, chunks=1, words=2, ahead=1, blocks=2)
-FEW_COPIES = Tiling(warpgroups=1, columns=4, chunks=1, words=1, copies=8, ahead=1, blocks=4)
-LEAST_COPIES = Tiling(warpgroups=1, columns=4, chunks=1, words=1, copies=4, ahead=1, blocks=4)
-IDLE_THREADS = Tiling(warpgroups=3, columns=1, chunks=1, words=1, copies=4, ahead=1, blocks=2)
+ONE = Tiling(warpgroups=1, columns=4, chunks=1, words=1, books=1, ahead=1, blocks=1)
+TWO_SPLITS = Tiling(warpgroups=2, columns=4, chunks=1, words=1, books=1, ahead=2, blocks=2)
+TWO_CHUNKS = Tiling(warpgroups=1, columns=2, chunks=2, words=1, books=1, ahead=3, blocks=3)
+TWO_WORDS = Tiling(warpgroups=2, columns=4, chunks=1, words=2, books=1, ahead=1, blocks=2)
+TWO_BOOKS = Tiling(warpgroups=1, columns=4, chunks=1, words=1, books=2, ahead=1, blocks=3)
+IDLE_THREADS = Tiling(warpgroups=3, columns=1, chunks=1, words=1, books=3, ahead=1, blocks=2)
 # (spec, M, K, N of each weight, tiles), between them every branch of the kernel.
 CASES = {
-    "one_block": ("m1v4g64", 1, 128, (512,), ONE),
-    "two_books": ("m2v8g128", 1, 256, (256,), TWO_SPLITS),
-    "rows": ("m1v4g64", 3, 128, (64,), TWO_SPLITS),
+    "two_books": ("m2v8g128", 1, 256, (256,), TWO_BOOKS),
+    # Blocks of two tiles: the compiler then knows which codes are never asked for.
+    "rows": ("m1v4g64", 2, 64, (64,), TWO_SPLITS),
     "a_tile_of_two_words": ("m1v4g64", 1, 128, (64,), TWO_WORDS),
     "columns_of_several_blocks": ("m1v4g32", 1, 96, (600,), TWO_CHUNKS),
     "uneven_splits": ("m1v8g32", 1, 224, (40,), TWO_CHUNKS),
     "odd_columns": ("m1v4g64", 1, 128, (201,), TWO_SPLITS),
-    "one_column": ("m1v4g64", 1, 128, (1,), ONE),
-    "several_weights": ("m1v4g64", 2, 128, (520, 8, 64), TWO_SPLITS),
-    "small_groups": ("m3v4g16", 1, 64, (64,), FEW_COPIES),
-    "small_groups_of_long_vectors": ("m4v16g64", 1, 128, (32,), FEW_COPIES),
-    "short_vectors": ("m1v2g32", 2, 96, (32,), LEAST_COPIES),
-    "scale_of_a_row": ("m2v4g256", 1, 256, (32,), LEAST_COPIES),
+    "several_weights": ("m1v4g64", 1, 128, (520, 8, 1), TWO_SPLITS),
+    "small_groups": ("m3v4g16", 1, 64, (64,), TWO_CHUNKS),
+    "half_the_books_of_long_vectors": ("m4v16g64", 1, 128, (32,), TWO_BOOKS),
+    "a_tile_for_each_book_and_a_scale_for_all": ("m2v8g256", 1, 256, (32,), TWO_SPLITS),
     "narrow_codes": ("m1v4b4g128", 1, 256, (32,), TWO_WORDS),
     "narrowest_codes": ("m3v2b2g128", 1, 128, (32,), IDLE_THREADS),
 }
@@ -54,9 +56,14 @@ def operands(spec, M, K, Ns, dtype=jnp.bfloat16):
     return jax.random.normal(jax.random.key(9), (M, K), dtype), [*map(make, range(len(Ns)), Ns)]
 
 
-def multiply(x, weights, tiles, out_dtype=jnp.float32, interpret=INTERPRET):
+@functools.cache
+def compiled(tiles, out_dtype, interpret):
     call = functools.partial(psumbook.matmul, tiles=tiles, out_dtype=out_dtype, interpret=interpret)
-    return jax.jit(call)(x, weights)
+    return jax.jit(call)
+
+
+def multiply(x, weights, tiles, out_dtype=jnp.float32, interpret=INTERPRET):
+    return compiled(tiles, out_dtype, interpret)(x, weights)
 
 
 def relative_error(actual, x, w):
@@ -64,9 +71,17 @@ def relative_error(actual, x, w):
     return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(name, dtype):
+def test_equals_the_reference(name):
+    equals_the_reference(name, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["two_books", "odd_columns", "narrow_codes"])
+def test_equals_the_reference_in_float32(name):
+    equals_the_reference(name, jnp.float32)
+
+
+def equals_the_reference(name, dtype):
     spec, M, K, Ns, tiles = CASES[name]
     x, weights = operands(spec, M, K, Ns, dtype)
     for y, w in zip(multiply(x, weights, tiles), weights, strict=True):
@@ -74,13 +89,12 @@ def test_equals_the_reference(name, dtype):
         assert relative_error(y, x, w) < ACCURACY[dtype]
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-def test_results_of_the_wanted_dtype(dtype):
-    x, weights = operands("m1v4g64", 1, 128, (64,), dtype)
-    [y] = multiply(x, weights, ONE, dtype)
+def test_results_of_the_wanted_dtype():
+    x, weights = operands("m1v4g64", 1, 128, (64,), jnp.float16)
+    [y] = multiply(x, weights, ONE, jnp.float16)
     [exact] = multiply(x, weights, ONE)
-    assert y.dtype == dtype
-    np.testing.assert_array_equal(y, exact.astype(dtype))
+    assert y.dtype == jnp.float16
+    np.testing.assert_array_equal(y, exact.astype(jnp.float16))
 
 
 def test_float32_activations_with_narrow_weights():
@@ -89,9 +103,9 @@ def test_float32_activations_with_narrow_weights():
     assert relative_error(multiply(x, weights, ONE)[0], x, weights[0]) < 1e-6
 
 
-@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
 def test_one_activation_may_outweigh_all_others(scale):
-    x, weights = operands("m2v8g128", 1, 256, (256,))
+    x, weights = operands("m2v8g128", 1, 256, (64,))
     x = (x * scale).at[0, 5].set(300 * scale)
     assert relative_error(multiply(x, weights, TWO_SPLITS)[0], x, weights[0]) < 2e-4
 
@@ -107,7 +121,8 @@ def interpreted(name):
     *shapes, tiles = CASES[name]
     with jax.default_device(jax.devices("cpu")[0]):
         x, weights = operands(*shapes)
-        jax.block_until_ready(multiply(x, weights, tiles, interpret=True))
+        fresh = compiled.__wrapped__(tiles, jnp.float32, interpret=True)
+        jax.block_until_ready(fresh(x, weights))
 
 
 @pytest.mark.parametrize("name", ["uneven_splits", "several_weights"])
@@ -123,9 +138,9 @@ def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
 
 
 def test_a_batch_equals_its_rows_alone():
-    x, weights = operands("m1v4g64", 3, 128, (64,))
+    x, weights = operands("m1v4g64", 2, 64, (64,))
     [together] = multiply(x, weights, TWO_SPLITS)
-    alone = [multiply(x[r : r + 1], weights, TWO_SPLITS)[0] for r in range(3)]
+    alone = [multiply(x[r : r + 1], weights, TWO_SPLITS)[0] for r in range(2)]
     np.testing.assert_array_equal(together, jnp.concatenate(alone))
 
 
@@ -167,14 +182,23 @@ def test_a_matmul_refuses_too():
 @pytest.mark.parametrize("shape", [*LLAMA_8B.values(), *LLAMA_70B.values(), (16384, 53248)])
 def test_tiles_fit_real_shapes(spec, shape):
     spec = CodebookSpec.parse(spec)
-    for tiles in candidates(1, *shape, spec):
+    found = candidates(1, *shape, spec)
+    assert len(set(found)) == len(found) <= 6
+    for tiles in found:
         plan = Plan.of(tiles, shape[0], shape[1:], spec, jnp.bfloat16)
         assert plan.table_bytes <= TABLE_BYTES
         assert spec.group_size % plan.features == 0
         assert shape[0] % plan.features == 0
+        assert spec.num_codebooks % plan.books == 0
         assert plan.starts[-1] <= tiles.blocks
         assert plan.splits[0] <= plan.tiles
-    assert len(set(candidates(1, *shape, spec))) == len(candidates(1, *shape, spec)) <= 12
+
+
+def test_tiles_are_no_wider_than_the_widest_of_several_weights():
+    spec = CodebookSpec.parse("m2v8g128")
+    K, Ns = LLAMA_8B_TOGETHER["llama_8b_qkv"]
+    plan = Plan.of(tiling(1, K, sum(Ns), spec), K, Ns, spec, jnp.bfloat16)
+    assert plan.block_columns == max(Ns)
 
 
 def test_every_split_of_several_weights_has_its_share():
@@ -188,10 +212,17 @@ def lowered(f, *arguments):
     return jax.jit(f).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m4v8g128", "m2v4b4g128"])
-@pytest.mark.parametrize("Ns", [(14336,), (4096, 1024, 1024), (201,)])
-def test_lowers_for_cuda_without_a_gpu(Ns, spec, dtype):
+@pytest.mark.parametrize(
+    ("spec", "Ns", "dtype"),
+    [
+        ("m1v4g128", (14336,), jnp.bfloat16),
+        ("m2v8g128", (4096, 1024, 1024), jnp.float16),
+        ("m2v8g128", (201,), jnp.bfloat16),
+        ("m4v8g128", (14336,), jnp.float32),
+        ("m2v4b4g128", (201,), jnp.float32),
+    ],
+)
+def test_lowers_for_cuda_without_a_gpu(spec, Ns, dtype):
     make = lambda N: jax.eval_shape(
         lambda key: random_codebook_tensor(key, CodebookSpec.parse(spec), 4096, N, dtype),
         jax.random.key(0),
@@ -204,4 +235,4 @@ def test_lowers_for_cuda_without_a_gpu(Ns, spec, dtype):
 
 
 def test_tilings_are_values():
-    assert dataclasses.replace(ONE, copies=32) == ONE
+    assert dataclasses.replace(ONE, ahead=1) == ONE
