@@ -19,6 +19,9 @@ def rotation(call: Callable[..., Any], operands: Sequence[tuple]) -> jax.stages.
     Weights that together exceed the L2 cache are then read from memory, as a model's are.
     """
 
+    # Traced once for all copies.
+    call = jax.jit(call)
+
     def rotate(operands):
         results = []
         for x, w in operands:

@@ -39,6 +39,7 @@ from jaxcodec.pallas_kernels.operands.layout import (
     K_TILE,
     PRODUCER_REGISTERS,
     REGISTERS,
+    TABLE_BITS,
     scale_rows,
     table_shape,
 )
@@ -100,7 +101,6 @@ def _kernel(
     words, groups = plan.words * tiles.parts, scale_rows(spec, tiles.step)
     x_tiles = SPAN_TILES * tiles.parts
     scratch = dict(
-        table=plgpu.SMEM(table_shape(spec), jnp.float16),
         x=plgpu.SMEM((tiles.stages, x_tiles, tiles.rows, K_TILE), jnp.float16, transforms=SWIZZLED),
         codes=plgpu.SMEM(
             (tiles.stages, spec.num_codebooks, words, code_columns(tiles, spec)), jnp.uint32
@@ -111,6 +111,9 @@ def _kernel(
         empty=plgpu.Barrier(num_arrivals=tiles.warpgroups, num_barriers=tiles.stages),
         met=plgpu.Barrier(num_arrivals=tiles.warpgroups),
     )
+
+    if spec.bits <= TABLE_BITS:
+        scratch["table"] = plgpu.SMEM(table_shape(spec), jnp.float16)
 
     def mma_matmul(x_ref, factors_ref, weight_refs, *out_refs, **scratch_refs):
         warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
@@ -133,7 +136,9 @@ def _kernel(
         compiler_params=compiler_params(),
         interpret=interpreter(interpret),
     )
-    return kernel(x, factors, [(w.codes, w.codebooks, w.scales) for w in weights])
+    # Those that stay in global memory are read as they are multiplied.
+    halves = lambda books: books.astype(jnp.float16) if spec.bits > TABLE_BITS else books
+    return kernel(x, factors, [(w.codes, halves(w.codebooks), w.scales) for w in weights])
 
 
 class _Tile:
@@ -182,13 +187,16 @@ class _Tile:
         plgpu.set_max_registers(REGISTERS[plan.tiles.warpgroups], action="increase")
         for at in range(plan.tiles.stages):
             plgpu.barrier_arrive(scratch.empty.at[at])
-        self.operands.fill(scratch.table, self.books, plan.tiles.warpgroups)
-        self.sync()
+        table = self.books
+        if plan.spec.bits <= TABLE_BITS:
+            table = scratch.table
+            self.operands.fill(table, self.books, plan.tiles.warpgroups)
+            self.sync()
 
         def advance(step, total):
             at = self.slot(step)
             plgpu.barrier_wait(scratch.full.at[at])
-            refs = scratch.x.at[at], scratch.table, scratch.codes.at[at], scratch.scales.at[at]
+            refs = scratch.x.at[at], table, scratch.codes.at[at], scratch.scales.at[at]
             total = self.primitives.accumulate(plan, total, *refs)
             self.primitives.commit_reads()
             plgpu.barrier_arrive(scratch.empty.at[at])

@@ -18,6 +18,7 @@ from jaxcodec.pallas_kernels.operands.layout import (
     K_TILE,
     SHARED_BYTES,
     SMS,
+    TABLE_BITS,
     scale_rows,
     table_shape,
     word_rows,
@@ -70,14 +71,15 @@ class Tiling:
 def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
 
-    It runs what the wgmma kernel does up to 32 rows, where g is 16, 32, 64 or a multiple of 128.
+    It runs what the wgmma kernel does, and codebooks of 2**16 vectors, up to 32 rows, where g is
+    16, 32, 64 or a multiple of 128.
     """
     g = spec.group_size
     if M > MAX_ROWS:
         return f"it holds at most {MAX_ROWS} rows of x, got M = {M}"
     if g % SPAN and g not in (16, 32, 64):
         return f"g must be 16, 32, 64 or a multiple of {SPAN}, and {spec} has g = {g}"
-    return layout.refusal(M, K, N, spec, dtype)
+    return layout.refusal(M, K, N, spec, dtype, most_bits=16)
 
 
 def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
@@ -121,7 +123,7 @@ def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int
     scales = scale_rows(spec, tiles.step) * scale_columns(tiles) * scale_bytes
     sums = tiles.parts * tiles.rows * tiles.columns * 4
     padding = 4096  # each ring begins at a multiple of 1024; barriers take less than that
-    table = 2 * int(np.prod(table_shape(spec)))
+    table = 2 * int(np.prod(table_shape(spec))) if spec.bits <= TABLE_BITS else 0
     return table + tiles.stages * (x + codes + scales) + sums + padding
 
 

@@ -12,6 +12,7 @@ from jaxcodec.pallas_kernels.operands.layout import (
     K_TILE,
     LANE_K,
     SCALE_EXPONENT,
+    TABLE_BITS,
     TABLE_ROW,
     WARPGROUP,
 )
@@ -60,11 +61,15 @@ def weights(spec: CodebookSpec, table, codes_mjn, scales_gn) -> jax.Array:
     """W.T of some columns, f16 [N, 64] in the order of a fragment.
 
     Args:
+      table: f16 of `layout.table_shape`, or codebooks [m, 2**b, v] of more than 8 bits.
       codes_mjn: u32 [m, words, N].
       scales_gn: f32 [groups, N]; None leaves them to the sums.
     """
     codes_mjn = unpack_codes(codes_mjn, spec.bits)
-    books = [table[c // 2, :, c % 2, : spec.vector_length] for c in range(spec.num_codebooks)]
+    if spec.bits <= TABLE_BITS:
+        table = jnp.moveaxis(table, 2, 1)[..., : spec.vector_length]
+        table = table.reshape(-1, spec.codebook_size, spec.vector_length)
+    books = list(table[: spec.num_codebooks])
     found = [jnp.take(book, codes.T, axis=0) for book, codes in zip(books, codes_mjn, strict=True)]
     total_njv = found[0]
     for vectors in found[1:]:

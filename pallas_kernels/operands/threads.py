@@ -43,6 +43,7 @@ from jaxcodec.pallas_kernels.operands.layout import (
     K_TILE,
     LANE_K,
     SCALE_EXPONENT,
+    TABLE_BITS,
     TABLE_ROW,
     WARPGROUP,
 )
@@ -226,6 +227,8 @@ class Lane:
     def _entry(self, h: int, code: int, book: int) -> list:
         """A codebook vector, two weights a register."""
         word, position = divmod(code, self.spec.codes_per_word)
+        if self.spec.bits > TABLE_BITS:
+            return self._distant_entry(self.words[book][word][h], position, book)
         place = self._table_offset(self.words[book][word][h], position)
         offset = (book // 2 * self.spec.codebook_size * 2 + book % 2) * TABLE_ROW
         load = lambda place: _load_halves(at(at(self.table, place), offset), self.bytes // 4)
@@ -235,6 +238,16 @@ class Lane:
         first, second = load(place), load(arith.xori(place, c(16)))
         pick = lambda a, b: [arith.select(self.odd, x, y) for x, y in zip(a, b, strict=True)]
         return pick(second, first) + pick(first, second)
+
+    def _distant_entry(self, word, position: int, book: int) -> list:
+        """An entry of a codebook in global memory, f16 [m, 2**b, v]."""
+        b, size = self.spec.bits, 2 * self.spec.vector_length
+        if self.ahead is not None:
+            word = arith.shrui(word, mul(self.ahead, b))
+        code = arith.andi(arith.shrui(word, c(b * position)), c(2**b - 1))
+        first = at(at(self.table, mul(code, size)), book * self.spec.codebook_size * size)
+        places = [at(first, i * self.bytes) for i in range(size // self.bytes)]
+        return [half for place in places for half in _load_halves(place, self.bytes // 4)]
 
     def _table_offset(self, word, position: int) -> ir.Value:
         """256 times code `position`, counted from the lane's first, of a word, plus `low`."""
