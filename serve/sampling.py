@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcodec.serve.request import TOP_K_LIMIT, SamplingParams
+from jaxcodec.serve.request import INT_LIMIT, SamplingParams
 
 
 @jax.tree_util.register_dataclass
@@ -40,10 +40,10 @@ class SamplingBatch:
           seeds: in place of those in `params`, which may be None.
         """
         temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
-        top_k, seed = np.full(rows, TOP_K_LIMIT, np.int32), np.zeros(rows, np.uint32)
+        top_k, seed = np.full(rows, INT_LIMIT, np.int32), np.zeros(rows, np.uint32)
         for b, p in enumerate(params):
             temperature[b], top_p[b] = p.temperature, p.top_p
-            top_k[b] = TOP_K_LIMIT if p.top_k is None else p.top_k
+            top_k[b] = INT_LIMIT if p.top_k is None else p.top_k
         seed[: len(seeds)] = seeds
         return cls(*(jnp.asarray(field) for field in (temperature, top_k, top_p, seed)))
 
