@@ -17,6 +17,8 @@ LOGPROBS_LIMIT = 20
 CHOICES_LIMIT = 128
 LOGIT_BIAS_LIMIT = 64
 STOP_TOKENS_LIMIT = 16
+# Logits over it are still far from the end of float32.
+MIN_TEMPERATURE = 1e-6
 # Beyond this a bias decides alone, as in the OpenAI API.
 BIAS_LIMIT = 100.0
 
@@ -87,7 +89,8 @@ class SamplingParams:
     takes the best that is left: temperature, top_k, top_p, min_p.
 
     Attributes:
-      temperature: logits are divided by it before sampling; 0 takes the most likely token.
+      temperature: logits are divided by it before sampling (from 1e-6 on); 0 takes the most likely
+        token.
       top_k: sample among this many most likely tokens; None for all.
       top_p: sample among the fewest most likely tokens whose probabilities reach this sum.
       min_p: sample among tokens at least this times as likely as the likeliest.
@@ -131,8 +134,11 @@ class SamplingParams:
     structured: Structure | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be 0 (greedy) or more, got {self.temperature}.")
+        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be 0 (greedy), or {MIN_TEMPERATURE:g} or more, got "
+                f"{self.temperature}."
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
         if not 0 <= self.min_p <= 1:

@@ -86,8 +86,10 @@ NEUTRAL_FLOATS = Floats(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class SamplingBatch:
+class SamplingBatch[A: (np.ndarray, jax.Array)]:
     """How each row of a launch is sampled, packed: two small arrays travel faster than a dozen.
+
+    A is numpy's array on the host, and JAX's within `sample`.
 
     Attributes:
       ints: int32 [B, fields of `Ints`, then STOP_WIDTH stop tokens, NO_TOKEN where fewer].
@@ -95,24 +97,19 @@ class SamplingBatch:
       masks: uint32 [B, W], bit t % 32 of word t // 32 set where token t is allowed; None for all.
     """
 
-    ints: jax.Array
-    floats: jax.Array
-    masks: jax.Array | None = None
+    ints: A
+    floats: A
+    masks: A | None = None
 
     @property
-    def unpacked_ints(self) -> "Ints[jax.Array]":
+    def unpacked_ints(self) -> Ints[A]:
         """int32 [B] each."""
         return Ints(*self.ints[:, : len(Ints._fields)].T)
 
     @property
-    def unpacked_floats(self) -> "Floats[jax.Array]":
+    def unpacked_floats(self) -> Floats[A]:
         """float32 [B] each."""
         return Floats(*self.floats.T)
-
-    @property
-    def stop_ids(self) -> jax.Array:
-        """int32 [B, STOP_WIDTH]."""
-        return self.ints[:, len(Ints._fields) :]
 
 
 class SamplingTable:
@@ -152,7 +149,7 @@ class SamplingTable:
         self._ints[row] = [*ints, *stops, *[NO_TOKEN] * (STOP_WIDTH - len(stops))]
         self._floats[row] = [getattr(params, name) for name in Floats._fields]
 
-    def batch(self, rows: np.ndarray, masks: np.ndarray | None = None) -> SamplingBatch:
+    def batch(self, rows: np.ndarray, masks: np.ndarray | None = None) -> SamplingBatch[np.ndarray]:
         """The rows of a launch: int32 [B], R for padding. The arrays are new ones."""
         return SamplingBatch(self._ints[rows], self._floats[rows], masks)
 
@@ -206,12 +203,13 @@ def enter(
     bias = np.zeros(LOGIT_BIAS_LIMIT, np.float32)
     bias_ids[: len(params.logit_bias)] = list(params.logit_bias)
     bias[: len(params.logit_bias)] = list(params.logit_bias.values())
-    return _set_row(state, np.int32(row), SamplingState(counts, bias_ids, bias))
+    return _set_row(state, np.int32(row), (counts, bias_ids, bias))
 
 
 @functools.partial(jax.jit, donate_argnames=("state",))
-def _set_row(state: SamplingState, row: jax.Array, new: SamplingState) -> SamplingState:
-    return jax.tree.map(lambda rows, one: rows.at[row].set(one), state, new)
+def _set_row(state: SamplingState, row: jax.Array, new: tuple[jax.Array, ...]) -> SamplingState:
+    fields = state.counts, state.bias_ids, state.bias
+    return SamplingState(*(x.at[row].set(y) for x, y in zip(fields, new, strict=True)))
 
 
 @jax.tree_util.register_dataclass
@@ -237,7 +235,7 @@ class Sampled:
 
 def sample(
     logits: jax.Array,
-    batch: SamplingBatch,
+    batch: SamplingBatch[jax.Array],
     state: SamplingState,
     rows: jax.Array,
     position: jax.Array,
@@ -277,7 +275,7 @@ def sample(
 
 def processed_logits(
     logits: jax.Array,
-    batch: SamplingBatch,
+    batch: SamplingBatch[jax.Array],
     state: SamplingState,
     rows: jax.Array,
     position: jax.Array,
@@ -290,6 +288,7 @@ def processed_logits(
     logits = _penalized(logits, floats, state.counts[rows])
     logits = _without_early_stops(logits, batch, position)
     if variant == Variant.MASKED:
+        assert batch.masks is not None
         logits = jnp.where(_bits(batch.masks, V), logits, -jnp.inf)
     random = floats.temperature > 0
     logits = logits / jnp.where(random, floats.temperature, 1)[:, None]
@@ -300,12 +299,12 @@ def processed_logits(
     )
 
 
-def is_stop(token: jax.Array, batch: SamplingBatch) -> jax.Array:
+def is_stop(token: jax.Array, batch: SamplingBatch[jax.Array]) -> jax.Array:
     """Whether a token int32 [B] is one of its row's stop tokens: bool [B].
 
     There is no need to ask for `min_tokens`: before, `sample` does not choose them.
     """
-    return jnp.any(token[:, None] == batch.stop_ids, axis=1)
+    return jnp.any(token[:, None] == _stop_ids(batch), axis=1)
 
 
 def _biased(logits: jax.Array, ints: Ints, state: SamplingState, rows: jax.Array) -> jax.Array:
@@ -324,11 +323,19 @@ def _penalized(logits: jax.Array, floats: Floats, counts: jax.Array) -> jax.Arra
     return logits - frequency * in_response - presence * (in_response > 0)
 
 
-def _without_early_stops(logits: jax.Array, batch: SamplingBatch, position: jax.Array) -> jax.Array:
+def _without_early_stops(
+    logits: jax.Array, batch: SamplingBatch[jax.Array], position: jax.Array
+) -> jax.Array:
     B, V = logits.shape
-    early = (position < batch.unpacked_ints.stop_from)[:, None] & (batch.stop_ids != NO_TOKEN)
-    ids = jnp.where(early, batch.stop_ids, V)
+    ids = _stop_ids(batch)
+    early = (position < batch.unpacked_ints.stop_from)[:, None] & (ids != NO_TOKEN)
+    ids = jnp.where(early, ids, V)
     return logits.at[jnp.arange(B)[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _stop_ids(batch: SamplingBatch[jax.Array]) -> jax.Array:
+    """int32 [B, STOP_WIDTH]."""
+    return batch.ints[:, len(Ints._fields) :]
 
 
 def _bits(masks: jax.Array, count: int) -> jax.Array:

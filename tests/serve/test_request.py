@@ -12,6 +12,7 @@ from jaxcodec.serve.request import Request, SamplingParams, Structure, Timings
     ("field", "value"),
     [
         ("temperature", -0.1),
+        ("temperature", 1e-7),
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("top_k", 0),
