@@ -73,3 +73,41 @@ def test_reading_one_writes_nothing_to_the_terminal() -> None:
     command = [sys.executable, "-c", script, str(TOKENIZER)]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# As ChatML has it, with tools before the conversation.
+TEMPLATE = """{{ bos_token }}{% if tools %}tools: {{ tools | tojson }}
+{% endif %}{% for message in messages %}{% if message.role == "nobody" %}\
+{{ raise_exception("no such role") }}{% endif %}<|{{ message.role }}|>{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+
+
+@pytest.fixture
+def chat(copy: Path) -> PretrainedTokenizer:
+    """A tokenizer with a chat template."""
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return PretrainedTokenizer(copy)
+
+
+def test_a_chat_goes_through_the_template(chat: PretrainedTokenizer) -> None:
+    expected = "<s><|user|>hi\n<|assistant|>yes?\n<|assistant|>"
+    assert chat.encode_chat(MESSAGES) == chat.encode_completion(expected)
+    assert chat.encode_chat(MESSAGES) == chat.pretrained.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    tools = f"<s>tools: {json.dumps([weather])}\n"
+    with_tools = chat.encode_completion(tools + expected.removeprefix("<s>"))
+    assert chat.encode_chat(MESSAGES, [weather]) == with_tools
+
+
+def test_what_the_template_does_not_take_is_said(
+    chat: PretrainedTokenizer, tokenizer: PretrainedTokenizer
+) -> None:
+    with pytest.raises(ValueError, match="does not take these messages: no such role"):
+        chat.encode_chat([{"role": "nobody", "content": ""}])
+    with pytest.raises(ValueError, match="not Unicode text"):
+        chat.encode_chat([{"role": "user", "content": "\ud800"}])
+    with pytest.raises(ValueError, match="has no chat template"):
+        tokenizer.encode_chat(MESSAGES)
