@@ -15,6 +15,8 @@ from jaxcodec.serve.batch_loop import generate
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Request, RequestOutput, SamplingParams
+from jaxcodec.serve.served_models import BASE
+from jaxcodec.serve.step_program import Layout
 from jaxcodec.spec import CodebookSpec
 
 NAMES = ("base", "first", "second", "own", "whole", "module", "adapted")
@@ -142,7 +144,7 @@ def test_a_tiny_pool_gives_the_same_answers(make_engine, plain) -> None:
 
 
 def test_a_prompt_longer_than_a_chunk(make_engine, plain) -> None:
-    engine = make_engine(max_prefill_tokens=8)
+    engine = make_engine(max_batch=2, step_tokens=8)
     (long, short) = random_prompts([40, 5])
     together = answers(engine, ["own", "first"], [long, short])
     assert together == [plain("own", long), plain("first", short)]
@@ -219,8 +221,8 @@ def test_cancelling_frees_everything_at_once(make_engine, plain) -> None:
     ids = [engine.submit(Request("first", p, GREEDY)) for p in prompts]
     events = [event for _ in range(3) for event in engine.step()]
     assert engine.stats().running == 2
-    running, waiting = engine.cancel(ids[0]), engine.cancel(ids[2])
-    assert (running.finish_reason, len(running.tokens)) == ("cancelled", 3)
+    (running,), (waiting,) = engine.cancel(ids[0]), engine.cancel(ids[2])
+    assert (running.finish_reason, len(running.tokens)) == ("cancelled", 2)
     assert (waiting.finish_reason, waiting.tokens) == ("cancelled", ())
     engine.check()
     while engine.busy:
@@ -286,10 +288,8 @@ def test_models_that_cannot_be_served_are_refused(engine, adapters, module) -> N
 
 
 def test_without_adapters_the_base_runs_one_stream(base, plain, one_shape) -> None:
-    engine = Engine(
-        base, page_size=4, pages=64, max_batch=8, max_prefill_tokens=32, buckets=one_shape
-    )
-    assert {lane.streams for lane in engine._models.lanes} == {1}
+    engine = Engine(base, page_size=4, pages=64, max_batch=8, step_tokens=32, buckets=one_shape)
+    assert engine._models.layouts(BASE) == [Layout(two_streams=False)]
     (prompt,) = random_prompts([6])
     assert answers(engine, ["base"], [prompt]) == [plain("base", prompt)]
 
@@ -331,7 +331,7 @@ def test_shared_pages_are_the_bases_bit_for_bit(make_engine) -> None:
     for name in ("first", "second"):
         engine = make_engine()
         answers(engine, [name], [prompt])
-        caches.append(jax.tree.map(np.asarray, engine._cache))
+        caches.append(jax.tree.map(np.asarray, engine._runner._cache))
     # the pages of the prompt: two, the first that a fresh pool gives
     np.testing.assert_array_equal(caches[0].k[:, :2], caches[1].k[:, :2])
     np.testing.assert_array_equal(caches[0].v[:, :2], caches[1].v[:, :2])
@@ -342,9 +342,7 @@ def test_a_quantized_base_serves_its_adapters(adapters, one_shape, base) -> None
     first_layer = [path for path, _ in linear_shapes(base.config) if path.startswith("layers.0.")]
     specs = tuple(sorted((path, spec) for path in first_layer))
     model = init_model(base.config, jax.random.key(7), specs=specs)
-    engine = Engine(
-        model, page_size=4, pages=64, max_batch=8, max_prefill_tokens=32, buckets=one_shape
-    )
+    engine = Engine(model, page_size=4, pages=64, max_batch=8, step_tokens=32, buckets=one_shape)
     engine.add_model("first", ICARUS, adapter=adapters["first"])
     bank = set_adapter(with_bank(model, AdapterBank(2, 4, ALL_TARGETS)), adapters["first"], 1)
     (prompt,) = random_prompts([9])
