@@ -1,7 +1,7 @@
 """One response to a request, from its submission to its end: what the host knows of it."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jaxcodec.serve.request import (
 from jaxcodec.serve.sampling import variant_of
 from jaxcodec.serve.scheduler import Sequence
 from jaxcodec.serve.served_models import ServedModel
+from jaxcodec.serve.structured import Progress
 
 
 class TokenArrays(NamedTuple):
@@ -47,7 +48,7 @@ class Answer:
         sequence: Sequence,
         seed: int,
         stream: TextStream | None,
-        progress: Any,
+        progress: Progress | None,
         eos_ids: tuple[int, ...],
         submitted: float,
     ):

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxcodec.models.cache import KVCache, pages_for
 from jaxcodec.models.layers import AdapterBank
@@ -28,6 +27,7 @@ from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
 from jaxcodec.serve.pages import pages_that_fit
 from jaxcodec.serve.prefix_tree import PageNames
+from jaxcodec.serve.prompts import prompt_tokens
 from jaxcodec.serve.request import (
     SEED_LIMIT,
     Event,
@@ -40,6 +40,7 @@ from jaxcodec.serve.runner import Launch, LaunchedRow, Runner
 from jaxcodec.serve.scheduler import Plan, Scheduler, Sequence
 from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
 from jaxcodec.serve.statistics import EngineStats, ModelStats
+from jaxcodec.serve.structured import Grammars
 from jaxcodec.serve.timeline import Timeline
 
 
@@ -96,7 +97,10 @@ class Engine:
             pages, page_size, max_batch, step_tokens, decode_steps, self._models.slots
         )
         cache = KVCache.zeros(base.config, pages, page_size, base.dtype)
-        self._runner = Runner(base.config, self._models, buckets, cache, max_batch, decode_steps)
+        self._grammars = Grammars(tokenizer, self._vocab_size)
+        self._runner = Runner(
+            base.config, self._models, self._grammars, buckets, cache, max_batch, decode_steps
+        )
         self._max_waiting = max_waiting
         self._timeline, self._clock = timeline, clock
         self._made = clock()
@@ -170,13 +174,14 @@ class Engine:
         """Queue a request; returns its id.
 
         Raises:
-          ValueError: an unknown model, an id in use, text without a tokenizer, or a prompt that is
+          ValueError: an unknown model, an id in use, text without a tokenizer, a prompt that is
             empty, holds an unknown token or exceeds the context (the model's, or what the whole
-            cache holds). The engine goes on as if it had not been asked.
+            cache holds), or a structure that is none. The engine goes on as if it had not been
+            asked.
           QueueFull: there is no room in the queue for it. Step the engine and try again.
         """
         model = self._models.find(request.model)
-        prompt = self._prompt_tokens(request)
+        prompt = prompt_tokens(request, self.tokenizer, self.context, self._vocab_size)
         sampling = request.sampling
         id = request.id if request.id is not None else f"request-{next(self._number)}"
         if id in self._active:
@@ -192,6 +197,9 @@ class Engine:
         now = self._clock()
         answers = []
         for k in range(sampling.n):
+            progress = None
+            if sampling.structured is not None:
+                progress = self._grammars.start(sampling.structured, eos_ids)
             tokens = list(prompt)
             sequence = Sequence(
                 id=(id, k),
@@ -207,9 +215,9 @@ class Engine:
             )
             stream = None
             if self.tokenizer is not None:
-                stream = TextStream(self.tokenizer, prompt, sampling.stop)
+                stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
             seed_k = (seed + k) % SEED_LIMIT
-            answers.append(Answer(request, model, sequence, seed_k, stream, None, eos_ids, now))
+            answers.append(Answer(request, model, sequence, seed_k, stream, progress, eos_ids, now))
         for answer in answers:
             self._queue(answer)
         return id
@@ -383,31 +391,6 @@ class Engine:
     def _note(self, answer: Answer, event: str, time_s: float, **details: Any) -> None:
         if self._timeline is not None:
             self._timeline.note(*answer.sequence.id, event, time_s, **details)
-
-    # Bad input
-
-    def _prompt_tokens(self, request: Request) -> list[int]:
-        if self.tokenizer is None and (isinstance(request.prompt, str) or request.sampling.stop):
-            raise ValueError("Text prompts and stop texts need an engine with a tokenizer.")
-        if isinstance(request.prompt, str):
-            assert self.tokenizer is not None
-            prompt = self.tokenizer.encode(request.prompt)
-        else:
-            prompt = list(request.prompt)
-        if not prompt:
-            raise ValueError("A prompt needs at least one token, got none.")
-        if len(prompt) > self.context:
-            raise ValueError(
-                f"The prompt has {len(prompt)} tokens, the context holds {self.context}: "
-                "shorten it, or give the engine more pages if the model's own context is longer."
-            )
-        for token in prompt:
-            if not isinstance(token, int | np.integer) or not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"Prompt tokens must be whole numbers in [0, {self._vocab_size}), the model's "
-                    f"vocabulary, got {token!r}."
-                )
-        return [int(token) for token in prompt]
 
 
 def _pages_that_fit(base: Model, page_size: int) -> int:

@@ -26,6 +26,7 @@ from jaxcodec.serve.sampling import WORD, SamplingTable, Variant, enter
 from jaxcodec.serve.scheduler import Plan, Prefill, Sequence
 from jaxcodec.serve.served_models import BASE, ServedModels
 from jaxcodec.serve.step_program import Made, RowState, decode, prefill
+from jaxcodec.serve.structured import Grammars
 
 
 class LaunchedRow(NamedTuple):
@@ -93,6 +94,7 @@ class Runner:
     Args:
       config: of all models.
       models: whose weights run.
+      grammars: of structured responses.
       buckets: shapes that launches are padded to.
       cache: of keys and values, empty.
       state: of R rows.
@@ -103,6 +105,7 @@ class Runner:
         self,
         config: ModelConfig,
         models: ServedModels,
+        grammars: Grammars,
         buckets: Buckets,
         cache: KVCache,
         max_batch: int,
@@ -111,6 +114,7 @@ class Runner:
         self.launches = 0
         self._config = config
         self._models = models
+        self._grammars = grammars
         self._buckets = buckets
         self._cache = cache
         self._state = RowState.zeros(max_batch, config.vocab_size)
@@ -232,7 +236,7 @@ class Runner:
         """Which tokens the structures of rows allow, uint32 [B, W]."""
         if variant < Variant.MASKED:
             return None
-        raise NotImplementedError
+        return self._grammars.masks([answer.progress for answer, _ in rows], B)
 
     # Warm-up
 

@@ -21,18 +21,21 @@ class Progress:
 
     Attributes:
       ended: it is complete, and nothing may follow.
-      error: a sentence, if it cannot go on; then no token means anything.
     """
 
     def __init__(self, matcher: Any):
         self.ended = False
-        self.error: str | None = None
         self._matcher = matcher
 
     def advance(self, token: int) -> None:
-        """Take the response's next token, an end-of-text token included."""
+        """Take the response's next token, an end-of-text token included.
+
+        Raises:
+          ValueError: the structure has become too complex to follow, or the token may not come.
+        """
         if not self._matcher.consume_token(token):
-            self.error = f"The structure cannot be followed: {_first(self._matcher.get_error())}."
+            error = _first(self._matcher.get_error())
+            raise ValueError(f"The structure cannot be followed: {error}.")
         self.ended = self._matcher.is_stopped()
 
 
