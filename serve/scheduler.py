@@ -376,11 +376,11 @@ class Scheduler:
         if not self.waiting or not self._rows:
             return None
         candidates = self._candidates()
-        if not candidates:
+        overdue = [c for c in candidates if c[0].overtaken >= WINDOW][:1]
+        ready = [c for c in overdue or candidates if self.adapters.can_acquire(c[0].adapter)]
+        if not ready:
             return None
-        sequence, node = candidates[0]
-        if sequence.overtaken < WINDOW:
-            sequence, node = max(candidates, key=lambda c: c[1].depth)  # the first of the longest
+        sequence, node = max(ready, key=lambda c: c[1].depth)  # the first of the longest
         self.tree.lock(node)
         if not self._make_room(self._pages_wanted(sequence) - node.depth):
             self.tree.unlock(node)
@@ -392,10 +392,10 @@ class Scheduler:
         return sequence
 
     def _candidates(self) -> list[tuple[Sequence, Node]]:
-        """Who may be admitted next, in order, each with the page to which its prefix is known.
+        """Who may be next, in order, each with the page to which its prefix is known.
 
-        Left out are those whose adapter finds no slot, and those whose next page a running sequence
-        is about to compute: it is computed once, and found.
+        Left out are those whose next page a running sequence is about to compute: it is computed
+        once, and found.
         """
         coming = {
             s.names[s.node.depth]
@@ -408,8 +408,7 @@ class Scheduler:
                 break
             most = self._findable(s)
             node = self.tree.match(s.names, most)
-            held_back = node.depth < most and s.names[node.depth] in coming
-            if not held_back and self.adapters.can_acquire(s.adapter):
+            if node.depth == most or s.names[node.depth] not in coming:
                 found.append((s, node))
         return found
 

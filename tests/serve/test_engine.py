@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.lora import ALL_TARGETS, set_adapter, with_bank
+from jaxcodec.models.lora import ALL_TARGETS, ICARUS_TARGETS, set_adapter, with_bank
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE
 from jaxcodec.models.steps import generate as plain_generate
 from jaxcodec.models.transformer import init_model, linear_shapes
 from jaxcodec.serve.batch_loop import generate
-from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Request, RequestOutput, SamplingParams
 from jaxcodec.serve.served_models import BASE
@@ -294,25 +293,35 @@ def test_without_adapters_the_base_runs_one_stream(base, plain, one_shape) -> No
     assert answers(engine, ["base"], [prompt]) == [plain("base", prompt)]
 
 
-def test_nothing_compiles_after_warm_up(make_engine) -> None:
+def test_nothing_compiles_after_warm_up(base, adapters, one_shape) -> None:
     compilations = []
 
     def count(event: str, duration: float, **_) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(event)
 
-    engine = make_engine(buckets=Buckets(rows=(4, 8), tokens=(32,), pages=(16,)))
+    # a slot for one adapter, which two have to share
+    bank = AdapterBank(2, 4, ICARUS_TARGETS)
+    engine = Engine(
+        base, page_size=4, pages=64, max_batch=8, step_tokens=32, bank=bank, buckets=one_shape
+    )
+    engine.add_model("first", ICARUS, adapter=adapters["first"])
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         engine.warm_up()
         assert compilations
         compilations.clear()
-        sampling = SamplingParams(temperature=0.5, max_tokens=4)
-        names, prompts = NAMES * 3, random_prompts([3, 20, 33, 40, 1, 2, 17] * 3)
-        outputs = generate(
-            engine, [Request(n, p, sampling) for n, p in zip(names, prompts, strict=True)]
-        )
+        sampled = SamplingParams(temperature=0.5, top_k=9, max_tokens=4, logprobs=2)
+        penalized = SamplingParams(repetition_penalty=1.2, logit_bias={3: 1.0}, max_tokens=4)
+        engine.add_model("second", ICARUS, adapter=adapters["second"])
+        names, prompts = ["base", "first", "second"] * 6, random_prompts([3, 20, 33, 40, 1, 2] * 3)
+        params = [GREEDY, sampled, penalized, sampled, GREEDY, GREEDY] * 3
+        outputs = generate(engine, list(map(Request, names, prompts, params)))
+        engine.remove_model("first")
+        engine.add_model("first", ICARUS, adapter=adapters["second"])
+        outputs += generate(engine, [Request("first", [5, 6], GREEDY)])
         assert all(o.error is None for o in outputs)
+        assert engine.stats().adapter_loads == 2
         assert not compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
