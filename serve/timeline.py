@@ -12,7 +12,7 @@ from jaxcodec.checkpoints.files import replacement
 # Some 60 MB; the oldest are dropped then.
 NOTE_LIMIT = 200_000
 QUEUED = ("submitted", "preempted")
-ENGINE = 0  # process of the counters in a trace; models follow
+ENGINE = "engine"  # the process of the counters in a trace; each model is another
 
 
 class Note(NamedTuple):
@@ -81,21 +81,25 @@ def write_chrome_trace(path: str | Path, timeline: Timeline) -> None:
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     """What `write_chrome_trace` writes, in the JSON object form of the Trace Event Format."""
     responses = timeline.responses()
-    models = sorted({_model(notes) for notes in responses})
-    names = ["engine", *models]
-    events = [_name("process", pid, 0, name) for pid, name in enumerate(names)]
-    for thread, notes in enumerate(responses, start=1):
-        place = {"pid": names.index(_model(notes)), "tid": thread}
+    models = sorted({_model(notes) for notes in responses} - {ENGINE})
+    # Processes and threads are numbered as on Linux: from 1 on, and no number twice.
+    processes = {name: pid for pid, name in enumerate([ENGINE, *models], start=1)}
+    events = [_name("process", pid, pid, name) for name, pid in processes.items()]
+    for thread, notes in enumerate(responses, start=len(processes) + 1):
+        place = {"pid": processes[_model(notes)], "tid": thread}
         first, last = notes[0], notes[-1]
         label = first.id if first.index == 0 else f"{first.id} [{first.index}]"
         events.append(_name("thread", **place, name=label))
         # Perfetto nests what lies within: the response, and in it what it went through.
-        whole = label, first.time_s, last.time_s, {"ended": last.event}
+        whole = label, first.time_s, last.time_s, {"last": last.event}
         for name, start, end, details in (whole, *_stretches(notes)):
             ts = _microseconds(start)
             time = {"ts": ts, "dur": _microseconds(end) - ts}
             events.append({"ph": "X", "name": name, **place, **time, "args": details})
-    events += _counters(timeline.counters)
+    place = {"pid": processes[ENGINE], "tid": processes[ENGINE]}
+    for time_s, numbers in timeline.counters:
+        time = {"ts": _microseconds(time_s)}
+        events.append({"ph": "C", "name": ENGINE, **place, **time, "args": numbers})
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
@@ -123,10 +127,3 @@ def _microseconds(seconds: float) -> int:
 
 def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": f"{kind}_name", "pid": pid, "tid": tid, "args": {"name": name}}
-
-
-def _counters(counters: Iterable[tuple[float, dict[str, float]]]) -> Iterator[dict[str, Any]]:
-    for time_s, numbers in counters:
-        for name, value in numbers.items():
-            at = {"pid": ENGINE, "tid": 0, "ts": _microseconds(time_s)}
-            yield {"ph": "C", "name": name, **at, "args": {name: value}}

@@ -45,7 +45,7 @@ def slices(trace: dict, thread: str) -> list[tuple[str, float, float, dict]]:
 def test_a_response_is_a_thread_of_what_it_went_through(timeline: Timeline) -> None:
     trace = chrome_trace(timeline)
     assert slices(trace, "a") == [
-        ("a", 1.0, 4.5, {"ended": "stop"}),
+        ("a", 1.0, 4.5, {"last": "stop"}),
         ("queued", 1.0, 2.0, {"model": "sums"}),
         ("admitted", 2.0, 2.0, {"reused": 8}),
         ("prefill", 2.0, 2.5, {"tokens": 64, "start": 8}),
@@ -72,10 +72,12 @@ def test_the_file_follows_the_trace_event_format(timeline: Timeline, tmp_path: P
     trace = json.loads((tmp_path / "trace.json").read_text())
     assert isinstance(trace["traceEvents"], list)
     threads: dict[int, list[tuple[float, float]]] = {}
+    processes, named = set(), set()
     for event in trace["traceEvents"]:
         assert {"ph", "name", "pid", "tid"} <= event.keys()
         assert isinstance(event["pid"], int)
         assert isinstance(event["tid"], int)
+        assert min(event["pid"], event["tid"]) > 0  # 0 is the kernel's own
         if event["ph"] == "X":
             assert event["dur"] >= 0
             threads.setdefault(event["tid"], []).append((event["ts"], event["dur"]))
@@ -84,6 +86,9 @@ def test_the_file_follows_the_trace_event_format(timeline: Timeline, tmp_path: P
         else:
             assert event["ph"] == "M"
             assert isinstance(event["args"]["name"], str)
+            (processes if event["name"] == "process_name" else named).add(event["tid"])
+    assert named == threads.keys()
+    assert not named & processes  # readers know threads by their numbers alone
     for spans in threads.values():  # complete events of a thread nest, or follow each other
         (outer_start, outer_length), *inner = spans
         end = outer_start
