@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -25,19 +26,20 @@ def live_table(stats: Callable[[], EngineStats], console: Console) -> Iterator[C
     """
     first = before = stats()
     due = time.monotonic() + SECONDS_BETWEEN
-    with Live(console=console, auto_refresh=False) as live:
 
-        def draw() -> None:
-            nonlocal before, due
-            if time.monotonic() >= due:
-                now = stats()
-                live.update(render(now, before), refresh=console.is_terminal)
-                before, due = now, time.monotonic() + SECONDS_BETWEEN
+    def draw() -> None:
+        nonlocal before, due
+        if live is not None and time.monotonic() >= due:
+            now = stats()
+            live.update(render(now, before), refresh=True)
+            before, due = now, time.monotonic() + SECONDS_BETWEEN
 
-        try:
-            yield draw
-        finally:
-            live.update(render(stats(), first))
+    live = (
+        Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
+    )
+    with live or contextlib.nullcontext():
+        yield draw
+    console.print(render(stats(), first))
 
 
 def render(stats: EngineStats, since: EngineStats) -> Group:
@@ -48,7 +50,7 @@ def render(stats: EngineStats, since: EngineStats) -> Group:
     """
     seconds = max(stats.seconds - since.seconds, 1e-9)
     pages = stats.pages
-    engine = Table("", "", show_header=False, title="engine")
+    engine = Table("", "", show_header=False, box=box.SIMPLE)
     for name, value in (
         ("responses", f"{stats.waiting:,} waiting, {stats.running:,} running, {_ended(stats)}"),
         ("prompt tokens", f"{stats.prompt_tokens:,}, of which {stats.hit_rate:.0%} reused"),
@@ -71,10 +73,10 @@ def render(stats: EngineStats, since: EngineStats) -> Group:
 
 
 def _models(stats: EngineStats, since: EngineStats, seconds: float) -> Table:
-    names = ("waiting", "running", "ended", "prompt", "reused", "prefilled", "generated", "/s")
-    table = Table("model", title="models")
-    for name in (*names, "preempted"):
-        table.add_column(name, justify="right")
+    names = ("wait", "run", "ended", "prompt", "reused", "generated", "/s", "preempted")
+    table = Table("model", box=box.SIMPLE, collapse_padding=True)  # to fit 80 columns
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
     for name, model in stats.models.items():
         new = model.decode_tokens - since.models.get(name, ModelStats()).decode_tokens
         values = (
@@ -83,9 +85,8 @@ def _models(stats: EngineStats, since: EngineStats, seconds: float) -> Table:
             f"{sum(model.finished.values()):,}",
             f"{model.prompt_tokens:,}",
             f"{model.hit_rate:.0%}",
-            f"{model.prefill_tokens:,}",
             f"{model.decode_tokens:,}",
-            f"{new / seconds:,.1f}",
+            f"{new / seconds:,.0f}",
             f"{model.preemptions:,}",
         )
         table.add_row(name, *values)

@@ -14,6 +14,8 @@ from jaxcodec.serve.request import Structure
 
 # Agents send the same few tools again and again; a compiled one takes up to some megabytes.
 COMPILED_LIMIT = 64
+# Between the parts of JSON. Where any amount may come, weak models put in nothing else.
+WHITESPACE = " ?"
 
 
 class Progress:
@@ -86,17 +88,15 @@ class Grammars:
 
     def _compile(self, structure: Structure, eos_ids: tuple[int, ...]) -> Any:
         LLMatcher = _llguidance().LLMatcher
-        grammar = {
-            "json_schema": LLMatcher.grammar_from_json_schema,
-            "regex": LLMatcher.grammar_from_regex,
-            "grammar": LLMatcher.grammar_from_lark,
-        }[structure.kind](structure.text)
-        matcher = LLMatcher(self._ll_tokenizer(eos_ids), grammar, log_level=0)
-        if matcher.is_error():
-            raise ValueError(
-                f"The {structure.kind.replace('_', ' ')} cannot be followed: "
-                f"{_first(matcher.get_error())}."
-            )
+        tokenizer = self._ll_tokenizer(eos_ids)
+        try:
+            matcher = LLMatcher(tokenizer, _grammar(structure), log_level=0)
+            error = matcher.get_error()
+        except ValueError as not_json:
+            matcher, error = None, str(not_json)
+        if error:
+            kind = structure.kind.replace("_", " ")
+            raise ValueError(f"The {kind} cannot be followed: {_first(error)}.")
         return matcher
 
     def _make_ll_tokenizer(self, eos_ids: tuple[int, ...]) -> Any:
@@ -109,6 +109,17 @@ class Grammars:
         # Padded models may name an end-of-text token that no text has; llguidance refuses those.
         known = [token for token in eos_ids if token < len(pretrained)]
         return llguidance.hf.from_tokenizer(pretrained, n_vocab=self._vocab_size, eos_token=known)
+
+
+def _grammar(structure: Structure) -> str:
+    """In llguidance's own form."""
+    LLMatcher = _llguidance().LLMatcher
+    if structure.kind == "regex":
+        return LLMatcher.grammar_from_regex(structure.text)
+    if structure.kind == "grammar":
+        return LLMatcher.grammar_from_lark(structure.text)
+    overrides = {"whitespace_pattern": WHITESPACE}
+    return LLMatcher.grammar_from_json_schema(structure.text, overrides=overrides)
 
 
 def _llguidance() -> Any:

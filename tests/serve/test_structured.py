@@ -58,7 +58,9 @@ def random_response(grammars: Grammars, structure: Structure, seed: int) -> list
 @pytest.mark.parametrize("seed", range(20))
 def test_any_walk_through_a_schema_is_its_json(seed: int, grammars, tokenizer) -> None:
     tokens = random_response(grammars, Structure.json_schema(SCHEMA), seed)
-    value = json.loads(tokenizer.decode(tokens))
+    text = tokenizer.decode(tokens)
+    assert not re.search(r"\s\s", re.sub('"[^"]*"', '""', text))
+    value = json.loads(text)
     assert {"name", "kind", "counts"} <= value.keys() <= SCHEMA["properties"].keys()
     assert isinstance(value["name"], str)
     assert len(value["name"]) <= 6
@@ -95,6 +97,15 @@ def test_masks_are_those_of_an_exhaustive_search(grammars, tokenizer) -> None:
             assert allowed(grammars, progress) == expected
             progress.advance(token)
             so_far += texts[token]
+        assert progress.ended
+
+
+def test_json_may_be_written_close_or_wide(grammars, tokenizer) -> None:
+    value = {"name": "a", "kind": "cup", "counts": [1, 2]}
+    for separators in ((",", ":"), (", ", ": ")):
+        progress = grammars.start(Structure.json_schema(SCHEMA), (EOS,))
+        for token in tokenizer.encode_completion(json.dumps(value, separators=separators)):
+            progress.advance(token)
         assert progress.ended
 
 
