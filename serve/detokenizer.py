@@ -68,6 +68,9 @@ class TextStream:
         return new
 
     def _release(self, new: str, final: bool) -> str:
+        if not self._stop:  # nothing is ever held
+            self.text += new
+            return new
         if self.stopped:
             return ""
         seen = len(self._held)
