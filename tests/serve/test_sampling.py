@@ -1,6 +1,7 @@
 """Sampling draws from the tokens it should, and a row never feels its neighbours."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from jaxcodec.serve.request import SamplingParams, Structure
@@ -181,6 +184,33 @@ def test_top_p_counts_what_top_k_left() -> None:
 def test_ties_do_not_enlarge_top_k() -> None:
     tokens = draw(np.zeros(V, np.float32), SamplingParams(temperature=1.0, top_k=5))
     assert set(tokens) == set(range(5))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    logits=st.lists(st.integers(-3, 3), min_size=V, max_size=V),  # many are equal
+    top_k=st.none() | st.integers(1, V + 1),
+    top_p=st.floats(0.01, 1.0),
+    min_p=st.floats(0.0, 1.0),
+)
+def test_what_is_left_out_is_what_a_plain_loop_leaves_out(
+    logits: list[int], top_k: int | None, top_p: float, min_p: float
+) -> None:
+    likely = sorted(range(V), key=lambda t: -logits[t])[:top_k]  # stable: lower numbers first
+    total = sum(math.exp(logits[t]) for t in likely)
+    expected, before = [], 0.0
+    for t in likely:
+        ratio = math.exp(logits[t] - logits[likely[0]])
+        # where float32 and float64 may differ there is nothing to compare
+        assume(abs(before - top_p) > 1e-5 and abs(ratio - min_p) > 1e-5)
+        if before >= top_p or ratio < min_p:
+            break
+        expected.append(t)
+        before += math.exp(logits[t]) / total
+    params = SamplingParams(temperature=1.0, top_k=top_k, top_p=top_p, min_p=min_p)
+    rows = np.asarray([logits], np.float32)
+    processed = launch(rows, [params], function=processed_jit)
+    assert np.flatnonzero(np.isfinite(processed[0])).tolist() == sorted(expected)
 
 
 MIXED = (
