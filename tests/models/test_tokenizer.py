@@ -1,6 +1,7 @@
 """A tokenizer is read whole, or refused with a reason."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,15 @@ def copy(tmp_path: Path) -> Path:
 def test_text_survives_the_tokens(tokenizer: PretrainedTokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.eos_ids == (tokenizer.eos_id,) == (2,)
+
+
+def test_decoding_is_that_of_transformers(tokenizer: PretrainedTokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens = [rng.randrange(300) for _ in range(rng.randrange(12))]
+        assert tokenizer.decode(tokens) == tokenizer.pretrained.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def test_a_completion_goes_on_where_the_prompt_stops(tokenizer: PretrainedTokenizer) -> None:
