@@ -225,7 +225,7 @@ MIXED = (
 
 @pytest.mark.parametrize("others", [(), (0, 1), tuple(range(len(MIXED)))])
 def test_a_rows_token_depends_on_its_own_row_alone(others: tuple[int, ...]) -> None:
-    # also not on the branches that others make a launch take: sorting, penalties, masks
+    # also not on the branches that others make a launch take: truncation, penalties, masks
     rows = np.asarray(jax.random.normal(jax.random.key(0), (len(MIXED), V)))
     seeds, prompts = [7, 8, 9, 7, 6, 5], [[1, 2, 3]] * len(MIXED)
     for b, params in enumerate(MIXED):
@@ -337,13 +337,13 @@ def test_the_least_variant_serves_all() -> None:
     assert variant_of([random, structured, greedy]) == Variant.MASKED
 
 
-def test_greedy_launches_neither_sort_nor_draw() -> None:
+def test_greedy_launches_neither_search_nor_draw() -> None:
     def trace(variant: Variant) -> str:
         rows = jnp.zeros(1, jnp.int32)
         batch, state = SamplingTable(1).batch(np.array([0])), SamplingState.zeros(1, V)
         arguments = jnp.zeros((1, V)), batch, state, rows, rows, rows > 0, variant
         return str(jax.make_jaxpr(sample, static_argnums=6)(*arguments))
 
-    expensive = ("sort[", "random_bits[", "top_k[", "cond[")
+    expensive = ("scan[", "random_bits[", "top_k[", "cond[")
     assert all(name in trace(Variant.FULL) for name in expensive)
     assert not any(name in trace(Variant.GREEDY) for name in expensive)
