@@ -12,7 +12,7 @@ import itertools
 import secrets
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
@@ -176,49 +176,29 @@ class Engine:
         Raises:
           ValueError: an unknown model, an id in use, text without a tokenizer, a prompt that is
             empty, holds an unknown token or exceeds the context (the model's, or what the whole
-            cache holds), or a structure that is none. The engine goes on as if it had not been
-            asked.
+            cache holds), a structure that is none, or more responses than the queue could hold.
+            The engine goes on as if it had not been asked.
           QueueFull: there is no room in the queue for it. Step the engine and try again.
         """
-        model = self._models.find(request.model)
+        self._models.find(request.model)
         prompt = prompt_tokens(request, self.tokenizer, self.context, self._vocab_size)
-        sampling = request.sampling
+        count, waiting = request.sampling.n, len(self._scheduler.waiting)
         id = request.id if request.id is not None else f"request-{next(self._number)}"
         if id in self._active:
             raise ValueError(f"A request with the id {id!r} is being served.")
-        if len(self._scheduler.waiting) + sampling.n > self._max_waiting:
+        if count > self._max_waiting:
+            raise ValueError(f"n is {count}, but the queue holds {self._max_waiting} responses.")
+        if waiting + count > self._max_waiting:
             self._counts["rejected"] += 1
             raise QueueFull(
-                f"{len(self._scheduler.waiting)} responses wait, of at most {self._max_waiting}: "
-                f"there is no room for {sampling.n} more."
+                f"{waiting} responses wait, of at most {self._max_waiting}: there is no room for "
+                f"{count} more."
             )
-        seed = secrets.randbelow(SEED_LIMIT) if sampling.seed is None else sampling.seed
-        eos_ids = model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
+        seed = request.sampling.seed
+        seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
         now = self._clock()
-        answers = []
-        for k in range(sampling.n):
-            progress = None
-            if sampling.structured is not None:
-                progress = self._grammars.start(sampling.structured, eos_ids)
-            tokens = list(prompt)
-            sequence = Sequence(
-                id=(id, k),
-                model=model.name,
-                tokens=tokens,
-                prompt_length=len(prompt),
-                limit=min(len(prompt) + sampling.max_tokens, self.context + 1),
-                names=PageNames(model.namespace, tokens, self._page_size),
-                shares_response=model.shares_response,
-                adapter=model.adapter,
-                priority=request.priority,
-                needs_host=sampling.needs_host,
-            )
-            stream = None
-            if self.tokenizer is not None:
-                stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
-            seed_k = (seed + k) % SEED_LIMIT
-            answers.append(Answer(request, model, sequence, seed_k, stream, progress, eos_ids, now))
-        for answer in answers:
+        seeds = [(seed + k) % SEED_LIMIT for k in range(count)]
+        for answer in [self._answer(request, (id, k), prompt, s, now) for k, s in enumerate(seeds)]:
             self._queue(answer)
         return id
 
@@ -244,11 +224,12 @@ class Engine:
         self._counts["steps"] += 1
         events = self._expire()
         plan = self._scheduler.plan(settled=not self._flying)
-        if plan is None:
+        if self._flying and (plan is None or plan.empty):  # all depends on what is on its way
             events += self._collect()
             plan = self._scheduler.plan()
         assert plan is not None, "a settled scheduler has a plan"
-        assert not plan.empty or self._flying or events or not self._scheduler.waiting, "stalled"
+        moves = events or plan.preempted or not plan.empty
+        assert moves or not self._scheduler.waiting, "the scheduler has stalled"
         self._note_plan(plan)
         launches = self._runner.run(plan, self._answers)
         events += self._collect()
@@ -269,7 +250,7 @@ class Engine:
             name: ModelStats(
                 waiting=waiting[name],
                 running=running[name],
-                finished={reason: n for reason in FinishReason.__args__ if (n := own[reason])},
+                finished={reason: n for reason in get_args(FinishReason) if (n := own[reason])},
                 prompt_tokens=own["prompt"],
                 reused_tokens=own["reused"],
                 prefill_tokens=own["prefill"],
@@ -300,6 +281,32 @@ class Engine:
     def warm_up(self) -> None:
         """Compile every step that the models served now can ask for."""
         self._runner.warm_up()
+
+    def _answer(
+        self, request: Request, id: tuple[str, int], prompt: list[int], seed: int, now: float
+    ) -> Answer:
+        """One of the responses to a request, before anything is done for it."""
+        model, sampling = self._models.find(request.model), request.sampling
+        eos_ids = model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
+        progress, stream = None, None
+        if sampling.structured is not None:
+            progress = self._grammars.start(sampling.structured, eos_ids)
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
+        tokens = list(prompt)
+        sequence = Sequence(
+            id=id,
+            model=model.name,
+            tokens=tokens,
+            prompt_length=len(prompt),
+            limit=min(len(prompt) + sampling.max_tokens, self.context + 1),
+            names=PageNames(model.namespace, tokens, self._page_size),
+            shares_response=model.shares_response,
+            adapter=model.adapter,
+            priority=request.priority,
+            needs_host=sampling.needs_host,
+        )
+        return Answer(request, model, sequence, seed, stream, progress, eos_ids, now)
 
     # What became of it
 
@@ -378,7 +385,7 @@ class Engine:
             self._note(self._answers[sequence], "preempted", now)
         for sequence in plan.admitted:
             answer = self._answers[sequence]
-            self._note(answer, "admitted", now, reused=sequence.cached)
+            self._note(answer, "admitted", now, reused=sequence.found)
             if answer.timings.started is None:
                 answer.timings = dataclasses.replace(answer.timings, started=now)
                 self._by_model[sequence.model]["prompt"] += sequence.prompt_length

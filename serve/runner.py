@@ -199,7 +199,7 @@ class Runner:
             model.leaves,
             self._cache,
             pad_prefill(rows, *shape, self._cache.num_pages),
-            structure=model.structure,
+            tree=model.tree,
             adapted=adapted,
         )
         self.launches += 1
@@ -224,7 +224,7 @@ class Runner:
             self._state,
             numbers,
             self._sampling.batch(numbers[:, 0], self._masks(variant, rows, shape[0])),
-            structure=model.structure,
+            tree=model.tree,
             layout=self._models.layout(answer.model for answer, _ in rows),
             variant=variant,
             steps=self._decode_steps,
@@ -245,7 +245,7 @@ class Runner:
         ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         for weights, adapted in self._models.writers:
             model = self._models.weights(weights)
-            static = {"structure": model.structure, "adapted": adapted}
+            static = {"tree": model.tree, "adapted": adapted}
             for B, T, P in self._buckets.prefill_shapes(self._cache.page_size):
                 batch = PrefillNumbers(ints(B, T), ints(B, 3 + P))
                 yield Job(prefill, (B, T, P), (model.leaves, self._cache, batch), static)
@@ -258,7 +258,7 @@ class Runner:
                         if variant == Variant.MASKED:
                             masks = np.zeros((B, -(-self._config.vocab_size // WORD)), np.uint32)
                         sampling = self._sampling.batch(np.full(B, self._rows.padding), masks)
-                        static = {"structure": model.structure, "layout": layout}
+                        static = {"tree": model.tree, "layout": layout}
                         static |= {"variant": variant, "steps": self._decode_steps}
                         arguments = (model.leaves, *arrays, ints(B, WIDTH + P), sampling)
                         yield Job(decode, (B, P, variant), arguments, static)

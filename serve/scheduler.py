@@ -43,7 +43,8 @@ class Sequence:
       moved: `pages` has changed; for whoever keeps a copy.
       cached: of the known tokens, those that plans have put into the cache, from the first on.
       pending: tokens that plans will add, and which are not known yet.
-      reused: tokens found in the tree when it first started; None before.
+      found: tokens found in the tree when it last started.
+      reused: the same when it first started; None before.
       order: of waiting: priority, fair share, arrival.
       overtaken: how often a later one was admitted before it though it could have been.
     """
@@ -65,6 +66,7 @@ class Sequence:
     moved: bool = False
     cached: int = 0
     pending: int = 0
+    found: int = 0
     reused: int | None = None
     order: tuple[int, float, int] = (0, 0.0, 0)
     overtaken: int = 0
@@ -416,9 +418,9 @@ class Scheduler:
         own = self._pages_for(len(sequence.tokens)) - node.depth
         sequence.node = node
         sequence.pages, sequence.moved = node.pages() + self.pool.take(own), True
-        sequence.cached = node.depth * self.page_size
+        sequence.cached = sequence.found = node.depth * self.page_size
         if sequence.reused is None:
-            sequence.reused = sequence.cached
+            sequence.reused = sequence.found
         sequence.row = self._rows.pop()
         sequence.slot, is_new = self.adapters.acquire(sequence.adapter)
         if is_new and sequence.adapter is not None:

@@ -21,7 +21,7 @@ from jaxcodec.models.lora import (
 from jaxcodec.models.scheme import ICARUS, Scheme
 from jaxcodec.models.transformer import Model
 from jaxcodec.serve.adapters import AdapterSlots
-from jaxcodec.serve.step_program import Layout, Structure
+from jaxcodec.serve.step_program import Layout, ModelTree
 
 BASE = ""  # key of the base's weights; those of other full models go by their namespaces
 # Eight adapters beside the zero adapter, of the rank that most are trained with: a percent or two
@@ -64,18 +64,18 @@ class Weights:
     """A model as the step programs take it.
 
     Attributes:
-      structure: how the leaves make the model.
+      tree: how the leaves make the model.
       leaves: its arrays.
     """
 
     def __init__(self, model: Model):
-        self.structure, self.leaves = Structure.of(model)
+        self.tree, self.leaves = ModelTree.of(model)
         self._bank = bank_positions(model)
 
     @property
     def model(self) -> Model:
         """The model."""
-        return self.structure.model(self.leaves)
+        return self.tree.model(self.leaves)
 
     def load(self, values: Sequence[np.ndarray], slot: int) -> None:
         """Put an adapter, as `slot_values` gives it, into a slot."""

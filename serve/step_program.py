@@ -12,7 +12,7 @@ row, K most tokens a decode launch makes, V vocabulary.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jaxcodec.models.cache import KVCache, PageTable
 from jaxcodec.models.transformer import Model
 from jaxcodec.serve.rows import WIDTH, Columns, PrefillNumbers
 from jaxcodec.serve.sampling import (
+    Sampled,
     SamplingBatch,
     SamplingState,
     Variant,
@@ -84,20 +85,20 @@ class Layout:
     own_encoders: bool = False
 
 
-class Structure:
+class ModelTree:
     """How the leaves of a model make a model; equal structures are one object.
 
     A jitted call hashes its static arguments every time, and a tree of hundreds of variables takes
     longer to hash than the call to run.
     """
 
-    _known: ClassVar[dict[Any, "Structure"]] = {}
+    _known: ClassVar[dict[Any, "ModelTree"]] = {}
 
     def __init__(self, tree: Any):
         self.tree = tree
 
     @classmethod
-    def of(cls, model: Model) -> tuple["Structure", list[jax.Array]]:
+    def of(cls, model: Model) -> tuple["ModelTree", list[jax.Array]]:
         """A model's structure and its leaves."""
         leaves, tree = jax.tree.flatten(model)
         return cls._known.setdefault(tree, cls(tree)), leaves
@@ -107,12 +108,12 @@ class Structure:
         return jax.tree.unflatten(self.tree, leaves)
 
 
-@functools.partial(jax.jit, static_argnames=("structure", "adapted"), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("tree", "adapted"), donate_argnames=("cache",))
 def prefill(
     leaves: list[jax.Array],
     cache: KVCache,
     batch: PrefillNumbers,
-    structure: Structure,
+    tree: ModelTree,
     adapted: bool,
 ) -> KVCache:
     """The cache with the tokens of `batch` written; a row may read what another one writes.
@@ -122,14 +123,95 @@ def prefill(
     """
     start, count, slot = batch.numbers[:, :3].T
     table = PageTable(batch.numbers[:, 3:], start)
-    module = structure.model(leaves).module
+    module = tree.model(leaves).module
     _, cache = module(batch.tokens, cache, table, count, slots=slot if adapted else None)
     return cache
 
 
+class _Rows(NamedTuple):
+    """The rows of a launch between two tokens.
+
+    Attributes:
+      cache: of keys and values.
+      token, length, ended: int32, int32, bool [B], as in `RowState`.
+      count: int32 [B], tokens made.
+      broken: bool [B], as in `Sampled`, of the row's last logits.
+      sampling: of all R rows.
+      made: `Sampled` of every token, [B, K, ...].
+    """
+
+    cache: KVCache
+    token: jax.Array
+    length: jax.Array
+    ended: jax.Array
+    count: jax.Array
+    broken: jax.Array
+    sampling: SamplingState
+    made: Sampled
+
+    @classmethod
+    def entering(cls, cache: KVCache, state: RowState, row: Columns, made: Sampled) -> "_Rows":
+        """As the host says if they are fresh, else as they were left."""
+        fresh, at = row.fresh > 0, row.row
+        return cls(
+            cache,
+            jnp.where(fresh, row.token, state.token[at]),
+            jnp.where(fresh, row.length, state.length[at]),
+            ~fresh & state.ended[at],
+            jnp.zeros_like(at),
+            jnp.zeros_like(fresh),
+            state.sampling,
+            made,
+        )
+
+    def active(self, budget: jax.Array) -> jax.Array:
+        """Which rows take another token: bool [B]."""
+        return ~self.ended & (self.count < budget)
+
+    def after(
+        self,
+        active: jax.Array,
+        new: Sampled,
+        stops: jax.Array,
+        cache: KVCache,
+        sampling: SamplingState,
+    ) -> "_Rows":
+        """With a new token in those that are active, unless their logits are broken."""
+        good = active & ~new.broken
+        B, K = self.made.token.shape
+        at = jnp.where(good, self.count, K)  # beyond the last, where nothing is written
+        put = lambda all, one: all.at[jnp.arange(B), at].set(one, mode="drop")
+        return _Rows(
+            cache,
+            jnp.where(good, new.token, self.token),
+            self.length + active,
+            self.ended | (active & (new.broken | stops)),
+            self.count + good,
+            self.broken | (active & new.broken),
+            sampling,
+            jax.tree.map(put, self.made, new),
+        )
+
+    def result(self) -> Made:
+        """What the launch made, for the host."""
+        made = self.made
+        numbers = [made.token, self.count[:, None], self.broken[:, None].astype(jnp.int32)]
+        packed = jnp.concatenate(numbers, axis=1)
+        return Made(packed, made.logprob, made.top_ids, made.top_logprobs)
+
+    def left(self, state: RowState, at: jax.Array) -> RowState:
+        """The state of all rows, with these at `at` [B] as they are now."""
+        return RowState(
+            state.token.at[at].set(self.token),
+            state.length.at[at].set(self.length),
+            state.ended.at[at].set(self.ended),
+            self.sampling,
+        )
+
+
 @functools.partial(
     jax.jit,
-    static_argnames=("structure", "layout", "variant", "steps"),
+    static_argnames=("tree", "layout", "variant", "steps"),
     donate_argnames=("cache", "state"),
 )
 def decode(
@@ -138,7 +220,7 @@ def decode(
     state: RowState,
     numbers: jax.Array,
     sampling: SamplingBatch,
-    structure: Structure,
+    tree: ModelTree,
     layout: Layout,
     variant: Variant,
     steps: int,
@@ -151,65 +233,39 @@ def decode(
       steps: K, static; no row's budget is larger.
     """
     row = Columns(*numbers[:, :WIDTH].T)
-    model = structure.model(leaves)
+    model = tree.model(leaves)
     module = model.module
-    slots = None if model.bank is None else row.slot
-    encoder_slots = row.encoder_slot if layout.own_encoders else None
-    fresh = row.fresh > 0
 
-    def advance(carry):
-        cache, token, length, ended, count, broken, sampling_state, made = carry
-        active = ~ended & (count < row.budget)
+    def forward(cache: KVCache, token: jax.Array, length: jax.Array, active: jax.Array):
         hidden, cache = module(
             token[:, None],
             cache,
             PageTable(numbers[:, WIDTH:], length),
             active.astype(jnp.int32),
-            slots=slots,
+            slots=None if model.bank is None else row.slot,
             streams=2 if layout.two_streams else 1,
-            encoder_slots=encoder_slots,
+            encoder_slots=row.encoder_slot if layout.own_encoders else None,
         )
-        logits = module.logits(hidden)[:, 0]
-        sampled, sampling_state = sample(
-            logits, sampling, sampling_state, row.row, length + 1, active, variant
-        )
-        good = active & ~sampled.broken
-        at = jnp.where(good, count, steps)  # beyond the last, where nothing is written
-        made = jax.tree.map(
-            lambda all, new: all.at[jnp.arange(B), at].set(new, mode="drop"), made, sampled
-        )
-        token = jnp.where(good, sampled.token, token)
-        length, count = length + active, count + good
-        broken |= active & sampled.broken
-        ended |= active & (sampled.broken | is_stop(token, sampling))
-        return cache, token, length, ended, count, broken, sampling_state, made
+        return module.logits(hidden)[:, 0], cache
 
-    B = len(numbers)
-    none = jnp.zeros(B, jnp.int32)
-    nothing = jax.eval_shape(
-        lambda logits: sample(logits, sampling, state.sampling, row.row, none, none > 0, variant)[
-            0
-        ],
-        jax.ShapeDtypeStruct((B, model.config.vocab_size), jnp.float32),
+    def advance(rows: _Rows) -> _Rows:
+        active = rows.active(row.budget)
+        logits, cache = forward(rows.cache, rows.token, rows.length, active)
+        sampled, state = sample(
+            logits, sampling, rows.sampling, row.row, rows.length + 1, active, variant
+        )
+        return rows.after(active, sampled, is_stop(sampled.token, sampling), cache, state)
+
+    logits = jax.ShapeDtypeStruct((len(numbers), model.config.vocab_size), jnp.float32)
+    none = jnp.zeros_like(row.row)
+    nothing, _ = jax.eval_shape(
+        lambda logits: sample(logits, sampling, state.sampling, row.row, none, none > 0, variant),
+        logits,
     )
-    carry = (
-        cache,
-        jnp.where(fresh, row.token, state.token[row.row]),
-        jnp.where(fresh, row.length, state.length[row.row]),
-        ~fresh & state.ended[row.row],
-        none,
-        none > 0,
-        state.sampling,
-        jax.tree.map(lambda s: jnp.zeros((B, steps, *s.shape[1:]), s.dtype), nothing),
+    made = jax.tree.map(lambda s: jnp.zeros((len(none), steps, *s.shape[1:]), s.dtype), nothing)
+    rows = jax.lax.while_loop(
+        lambda rows: jnp.any(rows.active(row.budget)),
+        advance,
+        _Rows.entering(cache, state, row, made),
     )
-    cache, token, length, ended, count, broken, sampling_state, made = jax.lax.while_loop(
-        lambda carry: jnp.any(~carry[3] & (carry[4] < row.budget)), advance, carry
-    )
-    state = RowState(
-        state.token.at[row.row].set(token),
-        state.length.at[row.row].set(length),
-        state.ended.at[row.row].set(ended),
-        sampling_state,
-    )
-    packed = jnp.concatenate([made.token, count[:, None], broken[:, None]], axis=1)
-    return Made(packed, made.logprob, made.top_ids, made.top_logprobs), cache, state
+    return rows.result(), rows.cache, rows.left(state, row.row)
