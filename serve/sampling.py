@@ -256,7 +256,8 @@ def sample(
       variant: static; one that serves every row, see `variant_of`.
     """
     with jax.named_scope("sample"):
-        broken = ~(jnp.max(logits, axis=-1) < jnp.inf)  # max is NaN where any is
+        # Not the largest: over thousands of logits XLA's max on a CPU passes over a NaN.
+        broken = ~jnp.all(logits < jnp.inf, axis=-1)
         if variant == Variant.GREEDY:
             allowed = _without_early_stops(logits, batch, position)
             return Sampled(_argmax(allowed), broken), state
@@ -372,7 +373,7 @@ def _fewest(logits: jax.Array, weight: jax.Array, goal: jax.Array) -> jax.Array:
     """The fewest of the largest logits [B, V] whose weights reach a goal [B]: bool [B, V].
 
     Equal logits must have equal weights; those of lower number come first. The least logit that is
-    needed is found bit by bit, in 32 sums: a sort takes a CPU twenty times as long.
+    needed is found bit by bit, in 32 sums: a sort takes a CPU many times as long.
     """
     bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
     top = jnp.uint32(1 << 31)
