@@ -347,3 +347,15 @@ def test_greedy_launches_neither_search_nor_draw() -> None:
     expensive = ("scan[", "random_bits[", "top_k[", "cond[")
     assert all(name in trace(Variant.FULL) for name in expensive)
     assert not any(name in trace(Variant.GREEDY) for name in expensive)
+
+
+def test_a_nan_among_thousands_is_seen() -> None:
+    """XLA's max on a CPU passes over some."""
+    many = 4096
+    rows = jnp.full((1, many), jnp.nan)
+    batch = SamplingTable(1).batch(np.array([0]))
+    zero = jnp.zeros(1, jnp.int32)
+    sampled, _ = jax.jit(sample, static_argnames="variant")(
+        rows, batch, SamplingState.zeros(1, many), zero, zero, zero == 0, variant=Variant.GREEDY
+    )
+    assert sampled.broken.all()
