@@ -43,9 +43,9 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, E
                 i, request = waiting[0]
                 try:
                     id = engine.submit(request)
-                except (ValueError, QueueFull) as error:
-                    if isinstance(error, QueueFull) and engine.busy:
-                        break
+                except QueueFull:
+                    break
+                except ValueError as error:
                     yield i, _refused(request, i, error)
                 else:
                     places[id], left[id] = i, request.sampling.n
@@ -62,6 +62,6 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, E
             engine.cancel(id)
 
 
-def _refused(request: Request, i: int, error: Exception) -> RequestOutput:
+def _refused(request: Request, i: int, error: ValueError) -> RequestOutput:
     id = request.id if request.id is not None else f"refused-{i}"
     return RequestOutput(id, request.model, "", (), "error", error=str(error))

@@ -132,14 +132,16 @@ def test_what_the_engine_refuses_is_raised_to_who_asked(make_engine) -> None:
         async with AsyncEngine(engine) as served:
             with pytest.raises(ValueError, match="No model is served as 'nobody'"):
                 await collect(served.stream(Request("nobody", [1])))
-            with pytest.raises(QueueFull):
-                await collect(served.stream(request(0, n=2)))
             same = Request("first", [5], LONG, id="same")
             running = served.stream(same)
             await anext(running)
             with pytest.raises(ValueError, match="'same' is being served"):
                 await collect(served.stream(same))
             assert len((await collect(running))[-1].tokens) == 30
+            # all three come before the next step
+            streams = (collect(served.stream(request(i))) for i in range(3))
+            ended = await asyncio.gather(*streams, return_exceptions=True)
+            assert [type(result) for result in ended] == [list, QueueFull, QueueFull]
 
     run(serve())
 

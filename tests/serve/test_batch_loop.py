@@ -32,7 +32,7 @@ def test_what_will_never_find_room_is_refused(make_engine) -> None:
     many = Request("first", [5], SamplingParams(n=4))
     [output] = generate(make_engine(max_batch=2, max_waiting=3), [many])
     assert output.finish_reason == "error"
-    assert "no room" in str(output.error)
+    assert "n is 4, but the queue holds 3" in str(output.error)
 
 
 def test_n_outputs_are_those_of_n_requests(make_engine) -> None:
