@@ -10,6 +10,7 @@ Letters: B rows of a launch, K tokens a row.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.lora import ICARUS_TARGETS, init_adapter
 from jaxcodec.models.scheme import ICARUS
 from jaxcodec.models.transformer import init_model
+from jaxcodec.serve.compilation import Programs
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Request, SamplingParams
 from jaxcodec.serve.rows import Columns
@@ -50,13 +52,14 @@ CONFIG = ModelConfig(
 )
 
 
-class StubbedPrograms:
+class StubbedPrograms(Programs):
     """Programs that do nothing: cache and state come back as they went in, all tokens are 7.
 
     They take all that the real ones take, every array of the model, so that it is handed over.
     """
 
     def __init__(self):
+        super().__init__()
         self._decode = jax.jit(_all_sevens, static_argnums=0, keep_unused=True)
 
     def run(self, program: Any, shape: tuple, leaves: Any, cache: Any, *rest: Any, **static) -> Any:
@@ -76,10 +79,9 @@ def _all_sevens(K: int, numbers: jax.Array, *_: Any) -> jax.Array:
 def measure(decode_steps: int) -> Iterator[dict[str, Any]]:
     """Yield a record for greedy and one for sampled requests: milliseconds of a step."""
     base = init_model(CONFIG, jax.random.key(0))
-    for name, sampling in (
-        ("greedy", {}),
-        ("sampled", {"temperature": 0.8, "top_p": 0.9, "seed": 1}),
-    ):
+    greedy = SamplingParams(max_tokens=NEW, ignore_eos=True)
+    sampled = dataclasses.replace(greedy, temperature=0.8, top_p=0.9, seed=1)
+    for name, params in (("greedy", greedy), ("sampled", sampled)):
         engine = Engine(
             base,
             pages=RUNNING * (PROMPT + NEW) // 16 + RUNNING,
@@ -93,7 +95,6 @@ def measure(decode_steps: int) -> Iterator[dict[str, Any]]:
             engine.add_model(f"model-{i}", ICARUS, adapter=adapter)
         engine._runner._programs = StubbedPrograms()
         rng = random.Random(0)
-        params = SamplingParams(max_tokens=NEW, ignore_eos=True, **sampling)
         for i in range(RUNNING):
             prompt = [rng.randrange(512) for _ in range(PROMPT)]
             engine.submit(Request(f"model-{i % MODELS}", prompt, params))

@@ -13,13 +13,13 @@ class Job(NamedTuple):
     """A program to compile.
 
     Attributes:
-      program: a jitted function.
+      program: a function that `jax.jit` has made.
       shape: what tells its calls apart, beside static arguments.
       arguments: arrays, or their shapes (`jax.ShapeDtypeStruct`).
       static: arguments that are compiled in, hashable.
     """
 
-    program: Callable
+    program: Any
     shape: Any
     arguments: tuple
     static: dict[str, Any]

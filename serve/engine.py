@@ -37,7 +37,7 @@ from jaxcodec.serve.request import (
     RequestOutput,
 )
 from jaxcodec.serve.runner import Launch, LaunchedRow, Runner
-from jaxcodec.serve.scheduler import Plan, Scheduler, Sequence
+from jaxcodec.serve.scheduler import NO_ROW, Plan, Scheduler, Sequence
 from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
 from jaxcodec.serve.statistics import EngineStats, ModelStats
 from jaxcodec.serve.structured import Grammars
@@ -318,7 +318,7 @@ class Engine:
             event
             for launch in flying
             for row in launch.fetch()
-            if row.answer.sequence.row is not None  # else it was cancelled meanwhile
+            if row.answer.sequence.row != NO_ROW  # else it was cancelled meanwhile
             for event in self._advance(row, now)
         ]
 

@@ -198,6 +198,7 @@ class PrefixTree:
         assert all(self._nodes[n.name] is n and n.page >= 0 for n in nodes)
         children: dict[int, list[Node]] = {}
         for n in nodes:
+            assert n.parent is not None
             assert n.parent is self.root or self._nodes[n.parent.name] is n.parent, "no parent"
             children.setdefault(id(n.parent), []).append(n)
         for n in (self.root, *nodes):

@@ -79,7 +79,7 @@ class PrefillRow(NamedTuple):
     slot: int
 
 
-class PrefillNumbers(NamedTuple):
+class PrefillNumbers[T](NamedTuple):
     """A prefill's rows, padded.
 
     Attributes:
@@ -87,11 +87,13 @@ class PrefillNumbers(NamedTuple):
       numbers: int32 [B, 3 + P], start, count and slot of each row, then its pages.
     """
 
-    tokens: np.ndarray
-    numbers: np.ndarray
+    tokens: T
+    numbers: T
 
 
-def pad_prefill(rows: Sequence[PrefillRow], B: int, T: int, P: int, no_page: int) -> PrefillNumbers:
+def pad_prefill(
+    rows: Sequence[PrefillRow], B: int, T: int, P: int, no_page: int
+) -> PrefillNumbers[np.ndarray]:
     """Rows of a prefill; those of padding have no page and no tokens."""
     tokens, numbers = np.zeros((B, T), np.int32), np.zeros((B, 3 + P), np.int32)
     numbers[:, 3:] = no_page

@@ -149,7 +149,6 @@ class Runner:
         """Tell the tables, and the device where it must know, who is in a row."""
         sequence, params = answer.sequence, answer.request.sampling
         row, tokens, prompt_length = sequence.row, sequence.tokens, sequence.prompt_length
-        assert row is not None
         encoder_slot = sequence.slot if answer.model.adapted_writer else 0
         self._rows.enter(row, tokens[-1], len(tokens) - 1, sequence.slot, encoder_slot)
         self._sampling.enter(row, params, answer.seed, answer.eos_ids, prompt_length)

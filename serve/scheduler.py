@@ -19,6 +19,7 @@ from jaxcodec.serve.prefix_tree import Node, PageNames, PrefixTree
 # over: large enough to let turns of the same conversations meet their pages, small enough that
 # whoever is first waits for that many admissions at most.
 WINDOW = 32
+NO_ROW = -1
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,7 +37,7 @@ class Sequence:
       adapter: key of its adapter; None for none.
       priority: lower ones go first.
       needs_host: its next step cannot be planned before all its tokens are known.
-      row: its place among the running ones; None while it waits.
+      row: its place among the running ones; NO_ROW while it waits.
       slot: of its adapter, while it runs.
       node: the deepest page of the prefix tree that it has locked; None while it waits.
       pages: pages of the tokens from the first on: those of `node`'s path, then its own.
@@ -59,7 +60,7 @@ class Sequence:
     adapter: str | None = None
     priority: int = 0
     needs_host: bool = False
-    row: int | None = None
+    row: int = NO_ROW
     slot: int = 0
     node: Node | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -478,13 +479,12 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.node is not None
-        assert sequence.row is not None
         self.pool.give_back(sequence.pages[sequence.node.depth :])
         self.tree.unlock(sequence.node)
         self.adapters.release(sequence.adapter)
         self._rows.append(sequence.row)
         self.running.remove(sequence)
-        sequence.node, sequence.row, sequence.pages = None, None, []
+        sequence.node, sequence.row, sequence.pages = None, NO_ROW, []
         sequence.cached = sequence.pending = 0
 
     def _enqueue(self, sequence: Sequence) -> None:

@@ -112,7 +112,7 @@ class ModelTree:
 def prefill(
     leaves: list[jax.Array],
     cache: KVCache,
-    batch: PrefillNumbers,
+    batch: PrefillNumbers[jax.Array],
     tree: ModelTree,
     adapted: bool,
 ) -> KVCache:

@@ -87,7 +87,8 @@ class Soak:
         while self.counts["submitted"] < count or engine.busy:
             burst = rng.choice([0, 0, 1, 2, 30])
             for _ in range(min(burst, count - self.counts["submitted"])):
-                self._submit()
+                if not self._submit():
+                    break
             ended = self.counts["ended"]
             for event in engine.step():
                 if isinstance(event, RequestOutput):
@@ -110,26 +111,29 @@ class Soak:
         assert not self._open, "a request has no end"
         assert engine._models.slots.users == 0, "a slot leaked"
 
-    def _submit(self) -> None:
+    def _submit(self) -> bool:
+        """Submit a request; False if the queue had no room."""
         rng, engine = self.rng, self.engine
-        self.counts["submitted"] += 1
         if rng.random() < 0.01:
+            self.counts["submitted"] += 1
             try:
                 engine.submit(Request("base", [1] * (engine.context + 1)))
             except ValueError:
                 self.counts["oversize refused"] += 1
-                return
+                return True
             raise AssertionError("an oversize prompt was taken")
         request = rng.choice(self._requests)
-        changes = {"priority": rng.choice([0, 0, 0, 0, 1, -1])}
-        if rng.random() < 0.05:
-            changes["deadline_s"] = rng.choice([0.05, 0.5, 5.0])
+        priority = rng.choice([0, 0, 0, 0, 1, -1])
+        deadline_s = rng.choice([0.05, 0.5, 5.0]) if rng.random() < 0.05 else None
+        asked = dataclasses.replace(request, priority=priority, deadline_s=deadline_s)
         try:
-            id = engine.submit(dataclasses.replace(request, **changes))
+            id = engine.submit(asked)
         except QueueFull:
             self.counts["queue full"] += 1
-        else:
-            self._open[id], self._left[id] = request, request.sampling.n
+            return False
+        self.counts["submitted"] += 1
+        self._open[id], self._left[id] = request, request.sampling.n
+        return True
 
     def _end(self, output: RequestOutput) -> None:
         request = self._open[output.id]
