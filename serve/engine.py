@@ -372,6 +372,7 @@ class Engine:
     def _queue(self, answer: Answer) -> None:
         sequence = answer.sequence
         self._scheduler.add(sequence)
+        self._by_model[answer.model.name]["submitted"] += 1
         self._models.hold(answer.model)
         self._answers[sequence] = answer
         self._active.setdefault(sequence.id[0], []).append(answer)
