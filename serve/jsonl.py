@@ -101,10 +101,7 @@ def _structure(kind: str, value: Any) -> Structure:
             f"'structured' must hold one of {list(_STRUCTURES)}: an object, two texts and a list "
             f"of tools; got {kind!r} with a {type(value).__name__}"
         )
-    try:
-        return getattr(Structure, kind)(value)
-    except (KeyError, AttributeError):
-        raise ValueError("a tool must be an object with a 'name'") from None
+    return getattr(Structure, kind)(value)
 
 
 def write_outputs(path: Path, outputs: Iterable[tuple[int, RequestOutput]]) -> None:

@@ -5,8 +5,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
+StructureKind = Literal["json_schema", "regex", "grammar"]
 FinishReason = Literal["stop", "length", "error", "cancelled", "deadline"]
 
 SEED_LIMIT = 2**32  # seeds travel to the device as uint32
@@ -36,8 +37,12 @@ class Structure:
       text: a JSON schema, a regular expression, or a grammar in Lark's syntax.
     """
 
-    kind: Literal["json_schema", "regex", "grammar"]
+    kind: StructureKind
     text: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(StructureKind):
+            raise ValueError(f"A structure is one of {get_args(StructureKind)}, got {self.kind!r}.")
 
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any]) -> "Structure":
@@ -61,10 +66,15 @@ class Structure:
         Args:
           tools: descriptions as chat templates take them, `{"type": "function", "function":
             {"name", "parameters": JSON schema}}`, or the inner mapping alone.
+
+        Raises:
+          ValueError: there is no tool, or one without a name.
         """
         calls = []
         for tool in tools:
-            function = tool.get("function", tool)
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+            if not isinstance(function, Mapping) or "name" not in function:
+                raise ValueError(f"A tool must be a mapping with a 'name', got {tool!r}.")
             properties = {
                 "name": {"const": function["name"]},
                 "arguments": function.get("parameters", {"type": "object"}),
@@ -77,6 +87,8 @@ class Structure:
                     "additionalProperties": False,
                 }
             )
+        if not calls:
+            raise ValueError("A tool call needs at least one tool, got none.")
         return cls.json_schema({"anyOf": calls})
 
 

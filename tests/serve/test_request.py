@@ -99,6 +99,17 @@ def test_a_tool_call_names_a_tool_and_its_arguments() -> None:
     assert second["properties"]["name"] == {"const": "time"}
 
 
+@pytest.mark.parametrize("tools", [[], [{}], ["a"], [{"function": {"parameters": {}}}]])
+def test_tools_have_names(tools: list) -> None:
+    with pytest.raises(ValueError, match="at least one tool|with a 'name'"):
+        Structure.tool_call(tools)
+
+
+def test_a_structure_has_a_kind() -> None:
+    with pytest.raises(ValueError, match="one of .*got 'xml'"):
+        Structure("xml", "<a/>")
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("priority", 0.5), ("priority", 2**31), ("deadline_s", 0.0), ("deadline_s", math.nan)],
