@@ -59,12 +59,16 @@ def test_prompts_are_answered_and_bad_lines_reported(
     lines[1]["n"] = 2
     lines += [{"model": "nobody", "prompt": shared}, {"prompt": "x" * 400}, {"promt": shared}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
+    kept: list[Path] = []
+    monkeypatch.setattr("jaxcodec.serve.__main__.use_compilation_cache", kept.append)
     status = run(
         monkeypatch,
         *("--model", directory / "base", "--icarus", f"zero={directory / 'zero'}"),
         *("--prefill-share", f"module={directory / 'module'}", "--pages", 32),
         *("--prompts", prompts, "--out", out, "--trace", tmp_path / "trace.json"),
+        *("--compilation-cache", tmp_path / "compiled"),
     )
+    assert kept == [tmp_path / "compiled"]
     assert status == 1
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(a["line"], a["index"]) for a in answers] == [
