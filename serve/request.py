@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
 StructureKind = Literal["json_schema", "regex", "grammar"]
@@ -175,7 +174,7 @@ class SamplingParams:
             raise ValueError(f"stop must be a tuple of texts, none empty, got {self.stop!r}.")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        object.__setattr__(self, "logit_bias", MappingProxyType(dict(self.logit_bias)))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         self._check_tokens()
         if self.structured is not None and (self.min_tokens or self.ignore_eos):
             raise ValueError(

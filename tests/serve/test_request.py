@@ -1,7 +1,9 @@
 """What a request may ask for."""
 
+import dataclasses
 import json
 import math
+import pickle
 
 import pytest
 
@@ -64,6 +66,15 @@ def test_the_callers_mapping_is_copied() -> None:
     assert params.logit_bias == {3: 1.0}
     assert params == SamplingParams(logit_bias={3: 1.0}) != SamplingParams()
     assert hash(params) is not None
+
+
+def test_requests_travel_between_processes() -> None:
+    params = SamplingParams(logit_bias={3: 1.0}, stop=("a",), structured=Structure.regex("a"))
+    request = Request("base", "a", params, priority=1)
+    assert pickle.loads(pickle.dumps(request)) == request
+    assert SamplingParams(**dataclasses.asdict(params) | {"structured": None}).logit_bias == {
+        3: 1.0
+    }
 
 
 @pytest.mark.parametrize("other", [{"min_tokens": 1}, {"ignore_eos": True}])
