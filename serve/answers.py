@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxcodec.serve.detokenizer import TextStream
+from jaxcodec.serve.plan import Sequence
 from jaxcodec.serve.request import (
     FinishReason,
     Request,
@@ -15,7 +16,6 @@ from jaxcodec.serve.request import (
     TokenLogprobs,
 )
 from jaxcodec.serve.sampling import variant_of
-from jaxcodec.serve.scheduler import Sequence
 from jaxcodec.serve.served_models import ServedModel
 from jaxcodec.serve.structured import Progress
 

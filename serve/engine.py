@@ -26,6 +26,7 @@ from jaxcodec.serve.answers import Answer
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
 from jaxcodec.serve.pages import pages_that_fit
+from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
 from jaxcodec.serve.prompts import prompt_tokens
 from jaxcodec.serve.request import (
@@ -37,7 +38,7 @@ from jaxcodec.serve.request import (
     RequestOutput,
 )
 from jaxcodec.serve.runner import Launch, LaunchedRow, Runner
-from jaxcodec.serve.scheduler import NO_ROW, Plan, Scheduler, Sequence
+from jaxcodec.serve.scheduler import Scheduler
 from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
 from jaxcodec.serve.statistics import EngineStats, ModelStats
 from jaxcodec.serve.structured import Grammars
@@ -59,6 +60,7 @@ class Engine:
       decode_steps: most tokens that one launch adds to a response, when nothing waits.
       max_waiting: most responses in the queue.
       bank: room for adapters on the base. Any number can be served: those in use are in its slots.
+      host_pages: most pages that are kept in host memory when the cache has no room for them.
       share_prefixes: False keeps the pages of each model to itself, for comparison.
       buckets: shapes to compile for; None for powers of two.
       timeline: where to note what happens to requests.
@@ -78,6 +80,7 @@ class Engine:
         decode_steps: int = 8,
         max_waiting: int = 1024,
         bank: AdapterBank = DEFAULT_BANK,
+        host_pages: int = 0,
         share_prefixes: bool = True,
         buckets: Buckets | None = None,
         timeline: Timeline | None = None,
@@ -94,7 +97,7 @@ class Engine:
         buckets = buckets or Buckets.powers_of_two(*sizes)
         buckets.check_holds(*sizes)
         self._scheduler = Scheduler(
-            pages, page_size, max_batch, step_tokens, decode_steps, self._models.slots
+            pages, page_size, max_batch, step_tokens, decode_steps, self._models.slots, host_pages
         )
         cache = KVCache.zeros(base.config, pages, page_size, base.dtype)
         self._grammars = Grammars(tokenizer, self._vocab_size)
@@ -267,6 +270,8 @@ class Engine:
             launches=self._runner.launches,
             rejected=counts["rejected"],
             evictions=scheduler.evictions,
+            offloaded=scheduler.host.offloaded,
+            restored=scheduler.host.restored,
             adapter_loads=self._models.slots.loads,
         )
 

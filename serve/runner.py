@@ -20,10 +20,11 @@ from jaxcodec.models.config import ModelConfig
 from jaxcodec.serve.answers import Answer, TokenArrays
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.compilation import Job, Programs
+from jaxcodec.serve.host_pages import HostPages
+from jaxcodec.serve.plan import Plan, Prefill, Sequence
 from jaxcodec.serve.request import SamplingParams
 from jaxcodec.serve.rows import WIDTH, PrefillNumbers, PrefillRow, RowTable, pad_prefill
 from jaxcodec.serve.sampling import WORD, SamplingTable, Variant, enter
-from jaxcodec.serve.scheduler import Plan, Prefill, Sequence
 from jaxcodec.serve.served_models import BASE, ServedModels
 from jaxcodec.serve.step_program import Made, RowState, decode, prefill
 from jaxcodec.serve.structured import Grammars
@@ -122,9 +123,11 @@ class Runner:
         self._sampling = SamplingTable(max_batch)
         self._decode_steps = decode_steps
         self._programs = Programs()
+        self._host = HostPages()
 
     def run(self, plan: Plan, answers: Mapping[Sequence, Answer]) -> list[Launch]:
         """Launch all that a plan says; returns the decode launches, which are on their way."""
+        self._cache = self._host.copy(self._cache, plan.copies)
         for adapter, slot in plan.loads:
             self._models.load(adapter, slot)
         for sequence in plan.admitted:
@@ -141,6 +144,7 @@ class Runner:
         """Compile every launch that the models served now can ask for."""
         self._programs.compile(self._jobs())
         self._models.load_nothing()
+        self._cache = self._host.warm_up(self._cache)
         params = SamplingParams(repetition_penalty=2.0)
         sampling = enter(self._state.sampling, self._rows.padding, params, [0], [0])
         self._state = dataclasses.replace(self._state, sampling=sampling)

@@ -8,147 +8,18 @@ page may be found, or given to somebody else, as soon as the launch that writes 
 
 import bisect
 import collections
-import dataclasses
 import itertools
 
 from jaxcodec.serve.adapters import AdapterSlots
+from jaxcodec.serve.host_pages import HostNames
 from jaxcodec.serve.pages import PagePool
-from jaxcodec.serve.prefix_tree import Node, PageNames, PrefixTree
+from jaxcodec.serve.plan import NO_ROW, PageCounts, Plan, Prefill, Sequence
+from jaxcodec.serve.prefix_tree import Node, PrefixTree
 
 # How far a request with a longer known prefix may jump the queue, and how often one may be jumped
 # over: large enough to let turns of the same conversations meet their pages, small enough that
 # whoever is first waits for that many admissions at most.
 WINDOW = 32
-NO_ROW = -1
-
-
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """The tokens of one answer, and where their keys and values are.
-
-    Attributes:
-      id: the request's id, and which of its answers this is.
-      model: the name that shares of the engine are counted by.
-      tokens: prompt and response, as far as it is known.
-      prompt_length: how many of them are prompt.
-      limit: most tokens that it may come to.
-      names: of the pages that its prompt's writer fills.
-      shares_response: that writer also writes the response, so that its pages can be found.
-      adapter: key of its adapter; None for none.
-      priority: lower ones go first.
-      needs_host: its next step cannot be planned before all its tokens are known.
-      row: its place among the running ones; NO_ROW while it waits.
-      slot: of its adapter, while it runs.
-      node: the deepest page of the prefix tree that it has locked; None while it waits.
-      pages: pages of the tokens from the first on: those of `node`'s path, then its own.
-      moved: `pages` has changed; for whoever keeps a copy.
-      cached: of the known tokens, those that plans have put into the cache, from the first on.
-      pending: tokens that plans will add, and which are not known yet.
-      found: tokens found in the tree when it last started.
-      reused: the same when it first started; None before.
-      order: of waiting: priority, fair share, arrival.
-      overtaken: how often a later one was admitted before it though it could have been.
-    """
-
-    id: tuple[str, int]
-    model: str
-    tokens: list[int]
-    prompt_length: int
-    limit: int
-    names: PageNames
-    shares_response: bool
-    adapter: str | None = None
-    priority: int = 0
-    needs_host: bool = False
-    row: int = NO_ROW
-    slot: int = 0
-    node: Node | None = None
-    pages: list[int] = dataclasses.field(default_factory=list)
-    moved: bool = False
-    cached: int = 0
-    pending: int = 0
-    found: int = 0
-    reused: int | None = None
-    order: tuple[int, float, int] = (0, 0.0, 0)
-    overtaken: int = 0
-
-    @property
-    def shareable(self) -> int:
-        """Tokens, from the first on, that its prompt's writer writes: all, or the prompt's but one.
-
-        The prompt's last token is the first that the response's writer sees.
-        """
-        return len(self.tokens) if self.shares_response else self.prompt_length - 1
-
-    @property
-    def to_prefill(self) -> int:
-        """Tokens to write before the last one can be decoded."""
-        return len(self.tokens) - 1 - self.cached
-
-    @property
-    def to_decode(self) -> int:
-        """Most tokens that the next launch may add."""
-        if self.cached < len(self.tokens) - 1 or (self.needs_host and self.pending):
-            return 0
-        return self.limit - len(self.tokens) - self.pending
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefill:
-    """`count` tokens of a sequence to write from position `start` on.
-
-    Attributes:
-      by_prompt_writer: whether the weights that write the prompt do so, or those that write the
-        response (which happens only when a sequence comes back after preemption).
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    by_prompt_writer: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One step, to be run in this order.
-
-    Attributes:
-      preempted: sequences that were pushed out, before anything else.
-      admitted: sequences that have just been given a row.
-      loads: (key, slot) of adapters that must be put into slots.
-      prefills: a later one may read what an earlier one writes.
-      decodes: (sequence, most tokens to add); each has the pages for them.
-    """
-
-    preempted: list[Sequence]
-    admitted: list[Sequence]
-    loads: list[tuple[str, int]]
-    prefills: list[Prefill]
-    decodes: list[tuple[Sequence, int]]
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is to be launched."""
-        return not self.prefills and not self.decodes
-
-
-@dataclasses.dataclass(frozen=True)
-class PageCounts:
-    """Pages by state; free + held + cached = total.
-
-    Attributes:
-      total: pages of the cache.
-      free: pages with nothing in them.
-      held: pages that running sequences use, each counted once.
-      cached: pages of the prefix tree that nobody uses now.
-      peak: most pages that were not free at any time.
-    """
-
-    total: int
-    free: int
-    held: int
-    cached: int
-    peak: int
 
 
 class Scheduler:
@@ -162,6 +33,7 @@ class Scheduler:
         for prompts. A longer prompt takes several steps.
       decode_steps: most tokens a sequence that one plan adds, when nothing waits.
       adapters: where adapters are.
+      host_pages: most pages that are kept in host memory when the prefix tree gives them up.
     """
 
     def __init__(
@@ -172,6 +44,7 @@ class Scheduler:
         step_tokens: int,
         decode_steps: int = 1,
         adapters: AdapterSlots | None = None,
+        host_pages: int = 0,
     ):
         if min(max_batch, decode_steps, page_size) < 1:
             raise ValueError("max_batch, decode_steps and page_size must be at least 1.")
@@ -187,6 +60,7 @@ class Scheduler:
         self.adapters = adapters or AdapterSlots(2)
         self.pool = PagePool(pages)
         self.tree = PrefixTree()
+        self.host = HostNames(host_pages)
         self.waiting: list[Sequence] = []  # by `order`
         self.running: list[Sequence] = []  # in order of admission
         self.preempted: collections.Counter[str] = collections.Counter()  # by model
@@ -242,7 +116,7 @@ class Scheduler:
         for sequence, count in decodes:
             sequence.pending += count
         self.peak = max(self.peak, self.pool.total - self.pool.free)
-        return Plan(preempted, admitted, loads, prefills, decodes)
+        return Plan(preempted, admitted, self.host.copies(), loads, prefills, decodes)
 
     @property
     def preemptions(self) -> int:
@@ -279,7 +153,12 @@ class Scheduler:
         private = sum(len(s.pages) - s.node.depth for s in self.running if s.node is not None)
         held = private + self.tree.locked
         return PageCounts(
-            self.pool.total, self.pool.free, held, self.tree.evictable, max(self.peak, held)
+            self.pool.total,
+            self.pool.free,
+            held,
+            self.tree.evictable,
+            max(self.peak, held),
+            len(self.host),
         )
 
     def check(self) -> None:
@@ -419,7 +298,9 @@ class Scheduler:
         own = self._pages_for(len(sequence.tokens)) - node.depth
         sequence.node = node
         sequence.pages, sequence.moved = node.pages() + self.pool.take(own), True
-        sequence.cached = sequence.found = node.depth * self.page_size
+        known = self._restore(sequence, node.depth)
+        sequence.cached = sequence.found = known * self.page_size
+        self._share(sequence)
         if sequence.reused is None:
             sequence.reused = sequence.found
         sequence.row = self._rows.pop()
@@ -428,6 +309,18 @@ class Scheduler:
             loads.append((sequence.adapter, sequence.slot))
         self._virtual = max(self._virtual, sequence.order[1])
         self.running.append(sequence)
+
+    def _restore(self, sequence: Sequence, known: int) -> int:
+        """Bring back pages that follow the `known` first and are in host memory.
+
+        Returns:
+          how many are known then.
+        """
+        most = self._findable(sequence)
+        while known < most and (name := sequence.names[known]) in self.host:
+            self.host.restore(name, sequence.pages[known])
+            known += 1
+        return known
 
     def _findable(self, sequence: Sequence) -> int:
         """Full pages of a sequence that may be in the tree and of use to it."""
@@ -447,7 +340,9 @@ class Scheduler:
         if short > self.tree.evictable:
             return False
         if short > 0:
-            self.pool.give_back(node.page for node in self.tree.evict(short))
+            for node in self.tree.evict(short):
+                self.host.keep(node.name, node.page)
+                self.pool.give_back([node.page])
             self.evictions += short
         return True
 

@@ -3,11 +3,10 @@
 import collections
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
+from jaxcodec.serve.plan import PageCounts
 from jaxcodec.serve.request import FinishReason
-from jaxcodec.serve.scheduler import PageCounts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class ModelStats:
 
     waiting: int = 0
     running: int = 0
-    finished: Mapping[FinishReason, int] = MappingProxyType({})
+    finished: Mapping[FinishReason, int] = dataclasses.field(default_factory=dict)
     prompt_tokens: int = 0
     reused_tokens: int = 0
     prefill_tokens: int = 0
@@ -66,7 +65,7 @@ class EngineStats(ModelStats):
     restored: int = 0
     adapter_loads: int = 0
     pages: PageCounts
-    models: Mapping[str, ModelStats] = MappingProxyType({})
+    models: Mapping[str, ModelStats] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, models: Mapping[str, ModelStats], pages: PageCounts, **own: Any) -> "EngineStats":

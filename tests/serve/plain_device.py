@@ -6,8 +6,10 @@ a function of the text, so that an answer is right or wrong whatever happened on
 
 import hashlib
 
+from jaxcodec.serve.host_pages import Copies
+from jaxcodec.serve.plan import NO_ROW, Plan, Prefill, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
-from jaxcodec.serve.scheduler import NO_ROW, Plan, Prefill, Scheduler, Sequence
+from jaxcodec.serve.scheduler import Scheduler
 
 STOP = 0  # the token that ends a response
 STOPPING = "stopping"  # the model that gives it
@@ -61,7 +63,8 @@ class PlainDevice:
         self.slots: dict[int, str] = {}
         self.flying: list[tuple[Sequence, list[int], int]] = []
         self.ended: list[Sequence] = []
-        self._contents: dict[tuple[int, int], tuple] = {}
+        self._contents: dict[tuple[int, int], tuple | None] = {}
+        self._host: dict[bytes, list[tuple | None]] = {}
         self._texts: dict[int, list[int]] = {}  # by row: what the device knows
 
     def step(self) -> Plan:
@@ -90,6 +93,7 @@ class PlainDevice:
                 self.ended.append(s)
 
     def _run(self, plan: Plan) -> list[tuple[Sequence, list[int], int]]:
+        self._copy(plan.copies)
         for key, slot in plan.loads:
             assert self._free_slot(slot, key), "a slot in use was overwritten"
             self.slots[slot] = key
@@ -98,6 +102,16 @@ class PlainDevice:
         for chunk in plan.prefills:
             self._prefill(chunk)
         return [(s, self._decode(s, count), count) for s, count in plan.decodes]
+
+    def _copy(self, copies: Copies) -> None:
+        size = self.scheduler.page_size
+        for name, page in copies.offloads:
+            self._host[name] = [self._contents.get((page, i)) for i in range(size)]
+        for name, page in copies.restores:
+            self._contents |= {(page, i): what for i, what in enumerate(self._host[name])}
+        for name in copies.dropped:
+            self._host.pop(name, None)
+        assert len(self._host) <= self.scheduler.host.limit
 
     def _free_slot(self, slot: int, key: str) -> bool:
         users = [s for s in self.scheduler.running if s.adapter and s.slot == slot]

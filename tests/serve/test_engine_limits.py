@@ -212,13 +212,15 @@ def test_a_long_prompt_holds_up_nobody(make_icarus) -> None:
 
 
 def test_a_fault_of_the_tokenizer_is_one_requests(make_icarus, tokenizer) -> None:
-    class Faulty(type(tokenizer)):
-        def decode(self, tokens):
-            if 5 in tokens:
-                raise KeyError("no such token")
-            return super().decode(tokens)
+    healthy = tokenizer.decode
 
-    engine = make_icarus(tokenizer=Faulty())
+    def decode(tokens) -> str:
+        if 5 in tokens:
+            raise KeyError("no such token")
+        return healthy(tokens)
+
+    tokenizer.decode = decode
+    engine = make_icarus(tokenizer=tokenizer)
     bad = SamplingParams(max_tokens=NEW, logit_bias={5: 100.0})
     faulty, fine = generate(
         engine,
@@ -229,3 +231,18 @@ def test_a_fault_of_the_tokenizer_is_one_requests(make_icarus, tokenizer) -> Non
     )
     assert (faulty.finish_reason, fine.finish_reason) == ("error", "length")
     assert "no such token" in str(faulty.error)
+
+
+def test_cold_pages_come_back_from_host_memory(make_icarus) -> None:
+    prompts = [prompt(40, seed) for seed in range(4)] * 2
+    requests = [Request("first", p, GREEDY) for p in prompts]
+    roomy = generate(make_icarus(), requests[:4])
+    engine = make_icarus(pages=16, host_pages=64)
+    outputs = [generate(engine, [request])[0] for request in requests]
+    assert [o.tokens for o in outputs] == [o.tokens for o in roomy] * 2
+    # the second time around nearly all of each prompt is known: nine full pages of 39 tokens
+    assert [o.cached_tokens for o in outputs] == [0] * 4 + [36] * 4
+    stats = engine.stats()
+    assert stats.restored >= 36
+    assert stats.pages.host <= 64
+    engine.check()

@@ -6,7 +6,7 @@ import itertools
 from rich.console import Console
 
 from jaxcodec.serve.live_table import live_table, render
-from jaxcodec.serve.scheduler import PageCounts
+from jaxcodec.serve.plan import PageCounts
 from jaxcodec.serve.statistics import EngineStats, ModelStats
 
 PAGES = PageCounts(total=64, free=14, held=30, cached=20, peak=50)

@@ -14,7 +14,8 @@ from hypothesis.stateful import (
 )
 
 from jaxcodec.serve.adapters import AdapterSlots
-from jaxcodec.serve.scheduler import NO_ROW, WINDOW, Scheduler, Sequence
+from jaxcodec.serve.plan import NO_ROW, Sequence
+from jaxcodec.serve.scheduler import WINDOW, Scheduler
 from tests.serve.plain_device import STOPPING, PlainDevice, answer, sequence
 
 PAGE = 4
@@ -26,8 +27,9 @@ def scheduler(
     step_tokens: int = 12,
     decode_steps: int = 1,
     slots: int = 3,
+    host: int = 0,
 ) -> Scheduler:
-    return Scheduler(pages, PAGE, max_batch, step_tokens, decode_steps, AdapterSlots(slots))
+    return Scheduler(pages, PAGE, max_batch, step_tokens, decode_steps, AdapterSlots(slots), host)
 
 
 def drain(device: PlainDevice, steps: int = 1000) -> None:
@@ -56,9 +58,10 @@ class Machine(RuleBasedStateMachine):
         max_batch=st.integers(1, 5),
         decode_steps=st.integers(1, 4),
         slots=st.integers(2, 4),
+        host=st.sampled_from([0, 1, 5, 100]),
     )
-    def start(self, pages: int, max_batch: int, decode_steps: int, slots: int) -> None:
-        self.scheduler = scheduler(pages, max_batch, max_batch + 5, decode_steps, slots)
+    def start(self, pages: int, max_batch: int, **sizes: int) -> None:
+        self.scheduler = scheduler(pages, max_batch, max_batch + 5, **sizes)
         self.device = PlainDevice(self.scheduler)
         self.left: list[Sequence] = []
         self.number = 0
@@ -312,6 +315,24 @@ def test_an_adapter_in_use_is_not_kept_for_ever() -> None:
             s.add(patient)
         admitted += len(device.step().admitted)
         assert admitted <= 2 * WINDOW
+
+
+def test_pages_given_up_come_back_from_host_memory() -> None:
+    s = scheduler(pages=8, host=8)
+    device = PlainDevice(s)
+    first = sequence("first", [1, 2, 3, 1] * 4, 2)
+    s.add(first)
+    drain(device)
+    s.add(sequence("other", [3, 3] * 12, 2))
+    drain(device)
+    assert s.host.offloaded > 0
+    again = sequence("again", [1, 2, 3, 1] * 4, 2)
+    s.add(again)
+    prefilled = 0
+    while s.waiting or s.running:
+        prefilled += sum(chunk.count for chunk in device.step().prefills)
+    assert (again.reused, prefilled) == (12, 15 - 12)
+    assert s.host.restored > 0
 
 
 def test_what_can_never_run_is_refused() -> None:

@@ -1,6 +1,9 @@
 """An engine's numbers are those of its models together, and its own."""
 
-from jaxcodec.serve.scheduler import PageCounts
+import dataclasses
+import json
+
+from jaxcodec.serve.plan import PageCounts
 from jaxcodec.serve.statistics import EngineStats, ModelStats
 
 PAGES = PageCounts(total=10, free=5, held=3, cached=2, peak=7)
@@ -19,6 +22,13 @@ def test_the_engine_is_the_sum_of_its_models() -> None:
     assert stats.finished == {"stop": 4, "error": 1, "length": 2}
     assert stats.hit_rate == 10 / 40
     assert (stats.steps, stats.rejected, stats.pages, stats.models) == (4, 2, PAGES, models)
+
+
+def test_statistics_become_json() -> None:
+    stats = EngineStats.of({"sums": ModelStats(running=2)}, PAGES)
+    content = json.loads(json.dumps(dataclasses.asdict(stats)))
+    assert content["models"]["sums"]["running"] == content["running"] == 2
+    assert content["pages"]["peak"] == 7
 
 
 def test_an_engine_that_has_done_nothing_has_numbers() -> None:
