@@ -37,6 +37,7 @@ class Options:
       name: under which the base itself is served, and what lines without a model ask for.
       page_size: tokens in a page of the cache.
       pages: pages in the cache; as many as the device has memory for, if not given.
+      host_pages: pages to keep in host memory when the cache has no room for them.
       max_batch: most responses that run at once.
       step_tokens: most tokens computed in one step; a longer prompt takes several.
       decode_steps: most tokens that one launch adds to a response, when nothing waits.
@@ -55,6 +56,7 @@ class Options:
     name: str = "base"
     page_size: int = 16
     pages: int | None = None
+    host_pages: int = 0
     max_batch: int = 16
     step_tokens: int = 512
     decode_steps: int = 8
@@ -101,6 +103,7 @@ def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
         name=options.name,
         page_size=options.page_size,
         pages=options.pages,
+        host_pages=options.host_pages,
         max_batch=options.max_batch,
         step_tokens=options.step_tokens,
         decode_steps=options.decode_steps,

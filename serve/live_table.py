@@ -99,4 +99,5 @@ def _ended(stats: EngineStats) -> str:
 
 
 def _moved(stats: EngineStats) -> str:
-    return f"{stats.offloaded:,} to host memory, {stats.restored:,} back"
+    host = stats.pages.host
+    return f"{stats.offloaded:,} to host memory, {stats.restored:,} back, {host:,} there"

@@ -65,6 +65,7 @@ def test_prompts_are_answered_and_bad_lines_reported(
         monkeypatch,
         *("--model", directory / "base", "--icarus", f"zero={directory / 'zero'}"),
         *("--prefill-share", f"module={directory / 'module'}", "--pages", 32),
+        *("--host-pages", 8),
         *("--prompts", prompts, "--out", out, "--trace", tmp_path / "trace.json"),
         *("--compilation-cache", tmp_path / "compiled"),
     )

@@ -9,7 +9,7 @@ from jaxcodec.serve.live_table import live_table, render
 from jaxcodec.serve.plan import PageCounts
 from jaxcodec.serve.statistics import EngineStats, ModelStats
 
-PAGES = PageCounts(total=64, free=14, held=30, cached=20, peak=50)
+PAGES = PageCounts(total=64, free=14, held=30, cached=20, peak=50, host=6)
 
 
 def stats(generated: int, seconds: float) -> EngineStats:
@@ -33,7 +33,7 @@ def test_every_number_is_there() -> None:
         "prompt tokens 1,200, of which 25% reused",
         "tokens/s 2,000.0",
         "30 held, 20 cached, 14 free of 64; at most 50 in use",
-        "5 evicted, 7 to host memory, 0 back",
+        "5 evicted, 7 to host memory, 0 back, 6 there",
         "sums 3 8 5 1,200 25% 5,000 2,000 2",
     ):
         assert any(expected in line for line in lines), expected
