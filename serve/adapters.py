@@ -18,6 +18,7 @@ class AdapterSlots:
         if slots < 2:
             raise ValueError(f"A bank needs a slot beside the zero adapter's, got {slots} in all.")
         self.loads = 0
+        self._slots = slots
         self._free = list(range(slots - 1, 0, -1))
         self._slot: collections.OrderedDict[str, int] = collections.OrderedDict()  # oldest first
         self._users: collections.Counter[str] = collections.Counter()
@@ -56,7 +57,15 @@ class AdapterSlots:
         self._users[key] -= 1
 
     def pin(self, key: str) -> tuple[int, bool]:
-        """Keep an adapter in its slot, used or not; returns as `acquire`, and raises like it."""
+        """Keep an adapter in its slot, used or not; returns as `acquire`, and raises like it.
+
+        One slot is never pinned, or other adapters would wait for ever.
+        """
+        if len(self._pinned | {key}) > self._slots - 2:
+            raise MemoryError(
+                f"{len(self._pinned)} adapters are pinned: of the bank's {self._slots} slots one "
+                "is the zero adapter's and one must stay for the others."
+            )
         slot, is_new = self.acquire(key)
         self.release(key)
         self._pinned.add(key)

@@ -161,7 +161,7 @@ class Engine:
 
         Raises:
           ValueError: there is no such model, or it is no adapter.
-          MemoryError: all slots are in use or pinned.
+          MemoryError: all slots are in use, or all but one pinned.
         """
         adapter = self._models.find(name).adapter
         if adapter is None:
@@ -238,10 +238,14 @@ class Engine:
         events += self._collect()
         self._flying = launches
         if self._timeline is not None:
-            scheduler = self._scheduler
-            waiting, running = len(scheduler.waiting), len(scheduler.running)
-            free = scheduler.pool.free
-            self._timeline.counter(self._clock(), waiting=waiting, running=running, free=free)
+            self._timeline.counter(
+                self._clock(),
+                waiting=len(self._scheduler.waiting),
+                running=len(self._scheduler.running),
+                free_pages=self._scheduler.pool.free,
+                prefill_tokens=sum(chunk.count for chunk in plan.prefills),
+                decode_tokens=sum(count for _, count in plan.decodes),
+            )
         return events
 
     def stats(self) -> EngineStats:

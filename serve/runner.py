@@ -24,7 +24,7 @@ from jaxcodec.serve.host_pages import HostPages
 from jaxcodec.serve.plan import Plan, Prefill, Sequence
 from jaxcodec.serve.request import SamplingParams
 from jaxcodec.serve.rows import WIDTH, PrefillNumbers, PrefillRow, RowTable, pad_prefill
-from jaxcodec.serve.sampling import WORD, SamplingTable, Variant, enter
+from jaxcodec.serve.sampling import WORD, SamplingBatch, SamplingTable, Variant, enter
 from jaxcodec.serve.served_models import BASE, ServedModels
 from jaxcodec.serve.step_program import Made, RowState, decode, prefill
 from jaxcodec.serve.structured import Grammars
@@ -256,12 +256,18 @@ class Runner:
             model = self._models.weights(weights)
             for layout in self._models.layouts(weights):
                 for B, P in self._buckets.decode_shapes():
-                    for variant in Variant:
-                        masks = None
-                        if variant == Variant.MASKED:
-                            masks = np.zeros((B, -(-self._config.vocab_size // WORD)), np.uint32)
-                        sampling = self._sampling.batch(np.full(B, self._rows.padding), masks)
+                    for variant, sampling in self._sampling_batches(B):
                         static = {"tree": model.tree, "layout": layout}
                         static |= {"variant": variant, "steps": self._decode_steps}
                         arguments = (model.leaves, *arrays, ints(B, WIDTH + P), sampling)
                         yield Job(decode, (B, P, variant), arguments, static)
+
+    def _sampling_batches(self, B: int) -> Iterator[tuple[Variant, SamplingBatch]]:
+        """A batch of B rows of padding for every variant of sampling that can come."""
+        padding = np.full(B, self._rows.padding)
+        masks = np.zeros((B, -(-self._config.vocab_size // WORD)), np.uint32)
+        for variant in Variant:
+            if variant < Variant.MASKED:
+                yield variant, self._sampling.batch(padding)
+            elif self._grammars.possible:
+                yield variant, self._sampling.batch(padding, masks)

@@ -56,6 +56,11 @@ class Grammars:
         self._compiled = functools.lru_cache(COMPILED_LIMIT)(self._compile)
         self._ll_tokenizer = functools.cache(self._make_ll_tokenizer)
 
+    @property
+    def possible(self) -> bool:
+        """Whether `start` could ever succeed: there is a tokenizer."""
+        return self._tokenizer is not None
+
     def start(self, structure: Structure, eos_ids: Sequence[int]) -> Progress:
         """The progress of a response that has no token yet.
 

@@ -30,10 +30,11 @@ from jaxcodec.models.transformer import Model
 from jaxcodec.serve.batch_loop import generate
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
-from jaxcodec.serve.request import QueueFull, Request, RequestOutput, SamplingParams
+from jaxcodec.serve.request import QueueFull, Request, RequestOutput, SamplingParams, Structure
 
 WEIGHTS = Path(__file__).parents[2] / "demo" / "weights"
 POISONED = "poisoned"  # names that begin so have NaN in their adapters
+ANSWER = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
 PAGES = 40  # two or three of the longer contexts, for sixteen rows
 STEP_S = 0.01  # what a step takes by the soak's clock
 PATIENCE = 3000  # steps in which something must end
@@ -200,6 +201,7 @@ def shipped_requests(names: Sequence[str], count: int, seed: int) -> list[Reques
         {"temperature": 1.0, "seed": 3},
         {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 4, "n": 2},
         {"repetition_penalty": 1.1, "logprobs": 2, "logit_bias": {5: 1.0}},
+        {"structured": Structure.json_schema(ANSWER), "temperature": 1.0, "seed": 6},
         {"temperature": 1.5, "min_p": 0.05, "seed": 5, "min_tokens": 1, "ignore_eos": True},
     )
     return [

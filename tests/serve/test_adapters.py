@@ -35,6 +35,8 @@ def test_adapters_in_use_or_pinned_stay() -> None:
     slots = AdapterSlots(3)
     slots.acquire("used")
     slots.pin("pinned")
+    with pytest.raises(MemoryError, match="1 adapters are pinned: of the bank's 3 slots"):
+        slots.pin("used")
     assert not slots.can_acquire("new")
     with pytest.raises(MemoryError, match="in use or pinned"):
         slots.acquire("new")
