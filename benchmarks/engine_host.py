@@ -4,24 +4,26 @@
 
 The device is stubbed: programs return at once what they would have returned, so that what is left
 is planning, packing, handing over arrays, and taking in tokens. Everything that a step does on the
-host is in it but the detokenizer, for requests are token ids.
+host is in it but the detokenizer, for requests are token ids. The times are processor time, of all
+threads together, so that whatever else the machine does is not in them.
 
 Letters: B rows of a launch, K tokens a row.
 """
 
-import argparse
 import dataclasses
-import json
 import os
 import random
 import statistics
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tyro
 
+from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.lora import ICARUS_TARGETS, init_adapter
@@ -37,6 +39,7 @@ RUNNING = 256
 MODELS = 8
 PROMPT, NEW = 500, 400  # tokens: contexts of tens of pages
 STEPS = 300
+DECODE_STEPS = (1, 8)
 # As many layers as Llama-3.1-8B has, so that as many arrays are handed over; tiny otherwise.
 CONFIG = ModelConfig(
     model_type="llama",
@@ -104,12 +107,11 @@ def measure(decode_steps: int) -> Iterator[dict[str, Any]]:
             engine.step()
         times = []
         for _ in range(STEPS // decode_steps):
-            start = time.perf_counter()
+            start = time.process_time()
             events = engine.step()
-            times.append(1e3 * (time.perf_counter() - start))
+            times.append(1e3 * (time.process_time() - start))
             assert len(events) == RUNNING * decode_steps
         yield {
-            "what": "host time of a step",
             "sampling": name,
             "running": RUNNING,
             "tokens_a_launch": decode_steps,
@@ -118,15 +120,28 @@ def measure(decode_steps: int) -> Iterator[dict[str, Any]]:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Measure the host's part of a step, on one core.
+
+    Attributes:
+      out: JSON file of the results.
+    """
+
+    out: Path = Path("benchmarks/results/cpu/engine_host.json")
+
+
 def main() -> None:
-    """Measure on one core and print the records."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--decode-steps", type=int, nargs="*", default=[1, 8])
-    options = parser.parse_args()
+    """Run the command line."""
+    options = tyro.cli(Options, prog="python -m benchmarks.engine_host")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    for decode_steps in options.decode_steps:
-        for record in measure(decode_steps):
-            print(json.dumps(record))
+    content = {
+        "command": f"python -m benchmarks.engine_host --out {options.out}",
+        "device": jax.devices()[0].device_kind,
+        "jax": jax.__version__,
+        "records": [record for steps in DECODE_STEPS for record in measure(steps)],
+    }
+    write_json(options.out, content)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,9 @@ def main() -> None:
     expected = answered_alone(alone, requests)
     print(f"{len(expected)} requests alone: {time.perf_counter() - start:.0f} s", flush=True)
     clock = Clock()
-    engine = make_engine(base, tokenizer, adapters, full, max_waiting=200, clock=clock)
+    engine = make_engine(
+        base, tokenizer, adapters, full, max_waiting=200, host_pages=200, clock=clock
+    )
     engine.warm_up()
     compilations: list[str] = []
     count: Callable = lambda event, *_, **__: event == COMPILED and compilations.append(event)
@@ -278,6 +280,8 @@ def main() -> None:
                 "preemptions",
                 "evictions",
                 "adapter_loads",
+                "offloaded",
+                "restored",
             )
         },
     }
