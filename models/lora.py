@@ -208,7 +208,9 @@ def _check_fits(model: Model, adapter: Adapter | None) -> AdapterBank:
     if adapter is None:
         return bank
     if adapter.rank > bank.rank:
-        raise ValueError(f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}.")
+        raise ValueError(
+            f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}: make the bank wider."
+        )
     if missing := sorted(set(adapter.targets) - set(bank.targets)):
         raise ValueError(f"The adapter changes {missing}, the bank has room for {bank.targets}.")
     known = {path for path, _ in linear_shapes(model.config)}

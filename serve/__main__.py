@@ -8,18 +8,20 @@ A line of the file is {"model": "sums", "prompt": "..."}; see `jaxcodec.serve.js
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxcodec.models.load import load_model
-from jaxcodec.models.lora import load_adapter
+from jaxcodec.models.lora import Adapter, load_adapter
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
 from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.models.transformer import Model
 from jaxcodec.serve.batch_loop import stream
 from jaxcodec.serve.compilation import use_compilation_cache
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.jsonl import read_requests, write_outputs
 from jaxcodec.serve.request import Request, RequestOutput
+from jaxcodec.serve.served_models import DEFAULT_BANK, bank_for
 from jaxcodec.serve.timeline import Timeline, write_chrome_trace
 
 
@@ -97,6 +99,8 @@ def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
       FileNotFoundError, ValueError: as `serve`.
     """
     base = load_model(options.model)
+    models = list(_read_models(options, base))  # before the cache takes the memory that is left
+    adapters = [model for _, _, model in models if isinstance(model, Adapter)]
     engine = Engine(
         base,
         PretrainedTokenizer(options.model),
@@ -107,9 +111,19 @@ def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
         max_batch=options.max_batch,
         step_tokens=options.step_tokens,
         decode_steps=options.decode_steps,
+        bank=bank_for(adapters) if adapters else DEFAULT_BANK,
         share_prefixes=options.share_prefixes,
         timeline=timeline,
     )
+    for name, scheme, model in models:
+        if isinstance(model, Adapter):
+            engine.add_model(name, scheme, adapter=model)
+        else:
+            engine.add_model(name, scheme, model=model)
+    return engine
+
+
+def _read_models(options: Options, base: Model) -> Iterator[tuple[str, Scheme, Adapter | Model]]:
     models: tuple[tuple[Scheme, Sequence[str]], ...] = (
         (ICARUS, options.icarus),
         (PREFILL_SHARE, options.prefill_share),
@@ -121,10 +135,9 @@ def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
             if not (name and separator and directory):
                 raise ValueError(f"Expected NAME=DIRECTORY, got {text!r}.")
             if (Path(directory) / "adapter_config.json").is_file():
-                engine.add_model(name, scheme, adapter=load_adapter(directory, base))
+                yield name, scheme, load_adapter(directory, base)
             else:
-                engine.add_model(name, scheme, model=load_model(directory, base.dtype))
-    return engine
+                yield name, scheme, load_model(directory, base.dtype)
 
 
 def _answer(

@@ -53,13 +53,15 @@ class Engine:
       tokenizer: for prompts and responses as text; None to work on token ids alone.
       name: under which the base itself is served.
       page_size: tokens in a page of the cache.
-      pages: pages in the cache; None for what the device's free memory holds.
+      pages: pages in the cache; None for what the device's free memory holds, so load other models
+        before.
       max_batch: most responses that run at once.
       step_tokens: most tokens computed in one step: one for each response that decodes, the rest
         for prompts. A longer prompt takes several steps: so this bounds the time between tokens.
       decode_steps: most tokens that one launch adds to a response, when nothing waits.
       max_waiting: most responses in the queue.
-      bank: room for adapters on the base. Any number can be served: those in use are in its slots.
+      bank: room for adapters on the base, see `bank_for`. Any number can be served: those in use
+        are in its slots.
       host_pages: most pages that are kept in host memory when the cache has no room for them.
       share_prefixes: False keeps the pages of each model to itself, for comparison.
       buckets: shapes to compile for; None for powers of two.

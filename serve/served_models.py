@@ -29,6 +29,17 @@ BASE = ""  # key of the base's weights; those of other full models go by their n
 DEFAULT_BANK = AdapterBank(slots=9, rank=16, targets=ALL_TARGETS)
 
 
+def bank_for(adapters: Sequence[Adapter]) -> AdapterBank:
+    """A bank for these adapters: of the largest rank among them, with as many slots as there are,
+    at most those of `DEFAULT_BANK`."""
+    targets = {target for adapter in adapters for target in adapter.targets}
+    return AdapterBank(
+        slots=min(len(adapters) + 1, DEFAULT_BANK.slots),
+        rank=max(adapter.rank for adapter in adapters),
+        targets=tuple(target for target in ALL_TARGETS if target in targets),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ServedModel:
     """A name that requests can ask for.

@@ -12,6 +12,7 @@ from jaxcodec.models.scheme import CONVENTIONAL, ICARUS
 from jaxcodec.serve.batch_loop import generate
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import QueueFull, Request, RequestOutput, SamplingParams, TextDelta
+from jaxcodec.serve.served_models import bank_for
 
 NEW = 6
 GREEDY = SamplingParams(max_tokens=NEW, ignore_eos=True)
@@ -245,3 +246,9 @@ def test_cold_pages_come_back_from_host_memory(make_icarus) -> None:
     assert stats.restored >= 36
     assert stats.pages.host <= 64
     engine.check()
+
+
+def test_a_bank_is_as_wide_as_its_adapters_need(adapters) -> None:
+    first, second = adapters["first"], adapters["second"]
+    assert bank_for([first, second]) == AdapterBank(3, 4, ICARUS_TARGETS)
+    assert bank_for([second] * 20) == AdapterBank(9, 2, ICARUS_TARGETS)
