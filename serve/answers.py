@@ -15,7 +15,7 @@ from jaxcodec.serve.request import (
     Timings,
     TokenLogprobs,
 )
-from jaxcodec.serve.sampling import variant_of
+from jaxcodec.serve.sampling import STOP_WIDTH, variant_of
 from jaxcodec.serve.served_models import ServedModel
 from jaxcodec.serve.structured import Progress
 
@@ -61,6 +61,11 @@ class Answer:
         self._stop_ids = frozenset(
             (*sampling.stop_tokens, *(() if sampling.ignore_eos else eos_ids))
         )
+        if len(self._stop_ids) > STOP_WIDTH:
+            raise ValueError(
+                f"A response can end at {STOP_WIDTH} tokens at most, stop_tokens and the model's "
+                f"own together, got {len(self._stop_ids)}."
+            )
         self._stream = stream
         self._logprobs: list[TokenLogprobs] = []
 

@@ -248,6 +248,14 @@ def test_cold_pages_come_back_from_host_memory(make_icarus) -> None:
     engine.check()
 
 
+def test_too_many_tokens_that_end_a_response_are_refused(make_icarus, tokenizer) -> None:
+    tokenizer.eos_ids = tuple(range(100, 110))
+    engine = make_icarus(tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="at 24 tokens at most, .*, got 27"):
+        engine.submit(Request("first", [1], SamplingParams(stop_tokens=tuple(range(1, 17)))))
+    assert not engine.busy
+
+
 def test_a_bank_is_as_wide_as_its_adapters_need(adapters) -> None:
     first, second = adapters["first"], adapters["second"]
     assert bank_for([first, second]) == AdapterBank(3, 4, ICARUS_TARGETS)
