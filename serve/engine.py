@@ -239,6 +239,8 @@ class Engine:
         launches = self._runner.run(plan, self._answers)
         events += self._collect()
         self._flying = launches
+        if not self._active:
+            self._scheduler.check_idle()
         if self._timeline is not None:
             self._timeline.counter(
                 self._clock(),

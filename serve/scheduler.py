@@ -161,6 +161,18 @@ class Scheduler:
             len(self.host),
         )
 
+    def check_idle(self) -> None:
+        """Verify that nothing is held when nothing runs or waits; takes no time to speak of.
+
+        Raises:
+          AssertionError: a page, row or slot has leaked: a fault of ours.
+        """
+        assert not self.running and not self.waiting, "not idle"
+        assert self.tree.locked == 0, f"{self.tree.locked} pages are locked by nobody"
+        assert self.pool.free + len(self.tree) == self.pool.total, "a page has leaked"
+        assert len(self._rows) == self.max_batch, "a row has leaked"
+        assert self.adapters.users == 0, "an adapter's slot has leaked"
+
     def check(self) -> None:
         """Verify that every page is in exactly one place.
 
