@@ -167,7 +167,7 @@ class Scheduler:
         Raises:
           AssertionError: a page, row or slot has leaked: a fault of ours.
         """
-        assert not (self.running or self.waiting), "not idle"
+        assert len(self.running) + len(self.waiting) == 0, "not idle"
         assert self.tree.locked == 0, f"{self.tree.locked} pages are locked by nobody"
         assert self.pool.free + len(self.tree) == self.pool.total, "a page has leaked"
         assert len(self._rows) == self.max_batch, "a row has leaked"
