@@ -10,6 +10,7 @@ from jaxcodec.serve.request import RequestOutput as RequestOutput
 from jaxcodec.serve.request import SamplingParams as SamplingParams
 from jaxcodec.serve.request import Structure as Structure
 from jaxcodec.serve.request import TextDelta as TextDelta
+from jaxcodec.serve.served_models import bank_for as bank_for
 from jaxcodec.serve.statistics import EngineStats as EngineStats
 from jaxcodec.serve.timeline import Timeline as Timeline
 from jaxcodec.serve.timeline import write_chrome_trace as write_chrome_trace
