@@ -10,6 +10,7 @@ from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.lora import ICARUS_TARGETS
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS
 from jaxcodec.serve.batch_loop import generate
+from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import QueueFull, Request, RequestOutput, SamplingParams, TextDelta
 from jaxcodec.serve.served_models import bank_for
@@ -260,3 +261,30 @@ def test_a_bank_is_as_wide_as_its_adapters_need(adapters) -> None:
     first, second = adapters["first"], adapters["second"]
     assert bank_for([first, second]) == AdapterBank(3, 4, ICARUS_TARGETS)
     assert bank_for([second] * 20) == AdapterBank(9, 2, ICARUS_TARGETS)
+
+
+def test_rows_of_one_prefill_read_what_others_of_it_write(base, adapters, make_icarus) -> None:
+    common = prompt(6)
+    prompts = [[*common, *prompt(2, seed)] for seed in range(1, 4)]
+    requests = [Request("first", p, GREEDY) for p in prompts]
+    alone = [generate(make_icarus(), [request])[0] for request in requests]
+    # four rows of eight tokens are one launch
+    buckets = Buckets(rows=(8,), tokens=(8, 32), pages=(16,))
+    engine = Engine(
+        base,
+        page_size=4,
+        pages=64,
+        max_batch=8,
+        step_tokens=32,
+        bank=AdapterBank(3, 4, ICARUS_TARGETS),
+        buckets=buckets,
+    )
+    engine.add_model("first", ICARUS, adapter=adapters["first"])
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    stats = engine.stats()
+    assert (stats.launches, stats.running) == (2, 3)  # one prefill, one decode
+    # the first computes seven tokens; four of them are a page that the others find
+    assert stats.prefill_tokens == 7 + 3 + 3
+    assert [o.tokens for o in finish(engine).values()] == [o.tokens for o in alone]
