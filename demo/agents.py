@@ -135,7 +135,7 @@ def make_engine(weights: Path, base: Model, arrangement: Arrangement, stories: i
         page_size=PAGE_SIZE,
         pages=stories * len(AGENT_NAMES) * width,
         max_batch=ROWS,
-        max_prefill_tokens=PREFILL_TOKENS[-1],
+        step_tokens=PREFILL_TOKENS[-1],
         buckets=Buckets(rows=(ROWS,), tokens=PREFILL_TOKENS, pages=(width,)),
     )
     for agent, player in arrangement.players.items():

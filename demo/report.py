@@ -13,7 +13,7 @@ from rich.text import Text
 
 import jaxcodec
 from jaxcodec.demo.agents import AGENT_NAMES, BASE_FOLDER, Turn
-from jaxcodec.serve.engine import EngineStats
+from jaxcodec.serve.statistics import EngineStats
 from jaxcodec.train.quantization_report import QuantizationReport, inspect_model
 
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxcodec.models.cache import KVCache, PageTable
 from jaxcodec.models.config import ModelConfig, rope_frequencies
-from jaxcodec.models.layers import LinearFactory, RMSNorm, products
+from jaxcodec.models.layers import LinearFactory, RMSNorm, Slots, products
 
 
 class Attention(nnx.Module):
@@ -18,7 +18,8 @@ class Attention(nnx.Module):
 
     With one stream that is the ordinary layer. With two, the encoder's row and the decoder's row
     of each token ask the same keys and values (ICaRus, arXiv 2603.13281: Q_enc and Q_dec side by
-    side in one grouped-query attention), and an adapter acts on the decoder's rows alone.
+    side in one grouped-query attention). A row that has the same adapter in both streams is an
+    ordinary one, computed twice: so rows of every scheme fit one batch.
     """
 
     def __init__(self, config: ModelConfig, linear: LinearFactory, layer: int):
@@ -42,20 +43,19 @@ class Attention(nnx.Module):
         table: PageTable,
         keep: jax.Array,
         counts: jax.Array,
-        slots: jax.Array | None,
+        slots: Slots,
     ) -> tuple[jax.Array, KVCache]:
         """Returns (output [S, B, T, D], the cache with this layer's new keys and values)."""
         S = x_sbtd.shape[0]
         position = table.length[:, None] + jnp.arange(x_sbtd.shape[2])[None, :]
-        encoder_slots = slots if S == 1 else None
         if S == 1:
             q, k, v = products([self.q_proj, self.k_proj, self.v_proj], x_sbtd)
         else:  # the decoder's row has no keys and values
             (q,) = products([self.q_proj], x_sbtd)
             k, v = products([self.k_proj, self.v_proj], x_sbtd[:1])
         q = self._heads(self.q_proj.adapt(q, x_sbtd, slots), "q_norm")
-        k = self._heads(self.k_proj.adapt(k, x_sbtd[:1], encoder_slots), "k_norm")
-        v = self._heads(self.v_proj.adapt(v, x_sbtd[:1], encoder_slots), None)[0]
+        k = self._heads(self.k_proj.adapt(k, x_sbtd[:1], slots[:1]), "k_norm")
+        v = self._heads(self.v_proj.adapt(v, x_sbtd[:1], slots[:1]), None)[0]
         q, k = rotate(q, position, self.config), rotate(k, position, self.config)[0]
         if S == 2:  # the encoder is frozen: in training no gradient passes through its cache
             k, v = jax.lax.stop_gradient((k, v))

@@ -39,6 +39,10 @@ class AdapterBank:
     targets: tuple[str, ...]
 
 
+Slots = tuple[jax.Array | None, ...]
+"""For each stream, the adapter of every row, int32 [B]; None where no row has one."""
+
+
 class Linear(nnx.Module):
     """y = x W + b, where W [K, N] is a dense kernel or a codebook tensor, plus LoRAs.
 
@@ -82,17 +86,20 @@ class Linear(nnx.Module):
         self.codebooks = nnx.Param((books / m**0.5).astype(dtype))
         self.scales = nnx.Param(jnp.full((K // spec.group_size, N), INIT_STD, dtype))
 
-    def __call__(self, x_sbtk: jax.Array, slots: jax.Array | None = None) -> jax.Array:
-        """x [S, B, T, K] -> [S, B, T, N]; adapter `slots[b]` acts on the last stream of row b."""
+    def __call__(self, x_sbtk: jax.Array, slots: Slots) -> jax.Array:
+        """x [S, B, T, K] -> [S, B, T, N], adapters included."""
         (y,) = products([self], x_sbtk)
         return self.adapt(y, x_sbtk, slots)
 
-    def adapt(self, y: jax.Array, x_sbtk: jax.Array, slots: jax.Array | None) -> jax.Array:
-        """Add to y [S, B, T, N] what adapter `slots[b]` makes of the last stream of x."""
-        if slots is None or self.bank is None:
+    def adapt(self, y: jax.Array, x_sbtk: jax.Array, slots: Slots) -> jax.Array:
+        """Add to stream s of row b, y [S, B, T, N], what adapter `slots[s][b]` makes of x."""
+        if self.bank is None:
             return y
         with jax.named_scope("lora"):
-            return y.at[-1].add(self._lora(x_sbtk[-1], slots))
+            for s, slots_b in enumerate(slots):
+                if slots_b is not None:
+                    y = y.at[s].add(self._lora(x_sbtk[s], slots_b))
+            return y
 
     def _lora(self, x_btk: jax.Array, slots: jax.Array) -> jax.Array:
         a, b = self.lora_a[...].astype(x_btk.dtype), self.lora_b[...].astype(x_btk.dtype)
@@ -185,7 +192,7 @@ class MLP(nnx.Module):
         self.up_proj = linear(f"{path}.up_proj", D, F)
         self.down_proj = linear(f"{path}.down_proj", F, D)
 
-    def __call__(self, x_sbtd: jax.Array, slots: jax.Array | None) -> jax.Array:
+    def __call__(self, x_sbtd: jax.Array, slots: Slots) -> jax.Array:
         gate, up = products([self.gate_proj, self.up_proj], x_sbtd)
         gate = jax.nn.silu(self.gate_proj.adapt(gate, x_sbtd, slots))
         return self.down_proj(gate * self.up_proj.adapt(up, x_sbtd, slots), slots)

@@ -8,6 +8,7 @@ Letters: K input and N output features of a linear, R rank.
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +167,40 @@ def set_adapter(model: Model, adapter: Adapter | None, slot: int | jax.Array) ->
     return Model(model.config, nnx.from_flat_state(filled), model.specs, bank)
 
 
+def bank_positions(model: Model) -> list[int]:
+    """Where, among `jax.tree.leaves(model)`, the arrays of its bank are."""
+    is_variable = lambda x: isinstance(x, nnx.Variable)
+    variables = jax.tree.leaves(model, is_leaf=is_variable)
+    return [i for i, v in enumerate(variables) if isinstance(v, nnx.LoRAParam)]
+
+
+def slot_values(model: Model, adapter: Adapter | None) -> list[np.ndarray]:
+    """What `set_adapter` would write to each array of the bank, in order, on the host.
+
+    Raises:
+      ValueError: as `set_adapter`.
+    """
+    bank = _check_fits(model, adapter)
+    given = {} if adapter is None else jax.tree.map(np.asarray, adapter.weights)
+    scale = 0.0 if adapter is None else adapter.alpha / adapter.rank
+    values = []
+    for path, variable in nnx.to_flat_state(model.weights):
+        if isinstance(variable, nnx.LoRAParam):
+            linear, name = ".".join(map(str, path[:-1])), str(path[-1])
+            stack = variable.get_value()
+            value = _padded(given.get(linear), name, scale, stack, bank.rank, linear, np)
+            values.append(value.astype(stack.dtype))
+    return values
+
+
+@functools.partial(jax.jit, donate_argnames=("stacks",))
+def write_slot(
+    stacks: list[jax.Array], values: list[np.ndarray], slot: int | jax.Array
+) -> list[jax.Array]:
+    """The arrays of a bank with `slot_values` in a slot; compiled once for a bank."""
+    return [stack.at[slot].set(value) for stack, value in zip(stacks, values, strict=True)]
+
+
 def _check_fits(model: Model, adapter: Adapter | None) -> AdapterBank:
     bank = model.bank
     if bank is None:
@@ -173,7 +208,9 @@ def _check_fits(model: Model, adapter: Adapter | None) -> AdapterBank:
     if adapter is None:
         return bank
     if adapter.rank > bank.rank:
-        raise ValueError(f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}.")
+        raise ValueError(
+            f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}: make the bank wider."
+        )
     if missing := sorted(set(adapter.targets) - set(bank.targets)):
         raise ValueError(f"The adapter changes {missing}, the bank has room for {bank.targets}.")
     known = {path for path, _ in linear_shapes(model.config)}
@@ -189,14 +226,15 @@ def _padded(
     stack: jax.Array,
     rank: int,
     linear: str,
-) -> jax.Array:
-    """A [K, R] or scaled B [R, N], padded with zeros to the bank's rank."""
+    numpy: Any = jnp,
+) -> Any:
+    """A [K, R] or scaled B [R, N], padded with zeros to the bank's rank; by jnp or numpy."""
     if pair is None:
-        return jnp.zeros(stack.shape[1:], stack.dtype)
+        return numpy.zeros(stack.shape[1:], stack.dtype)
     value, axis = (pair[0], 1) if name == "lora_a" else (pair[1] * scale, 0)
     pad = [(0, 0), (0, 0)]
     pad[axis] = (0, rank - value.shape[axis])
-    value = jnp.pad(value, pad)
+    value = numpy.pad(value, pad)
     if value.shape != stack.shape[1:]:
         raise ValueError(
             f"{linear}: {name} must be {list(stack.shape[1:])} after padding to rank {rank}, "

@@ -14,7 +14,15 @@ from flax import nnx
 from jaxcodec.models.attention import Attention
 from jaxcodec.models.cache import KVCache, PageTable
 from jaxcodec.models.config import ModelConfig
-from jaxcodec.models.layers import MLP, AdapterBank, Embedding, Linear, LinearFactory, RMSNorm
+from jaxcodec.models.layers import (
+    MLP,
+    AdapterBank,
+    Embedding,
+    Linear,
+    LinearFactory,
+    RMSNorm,
+    Slots,
+)
 from jaxcodec.spec import CodebookSpec
 
 Specs = tuple[tuple[str, CodebookSpec], ...]
@@ -36,7 +44,7 @@ class Block(nnx.Module):
         table: PageTable,
         keep: jax.Array,
         counts: jax.Array,
-        slots: jax.Array | None,
+        slots: Slots,
     ) -> tuple[jax.Array, KVCache]:
         with jax.named_scope("self_attn"):
             normed = self.input_layernorm(x_sbtd)
@@ -67,6 +75,7 @@ class Transformer(nnx.Module):
         *,
         slots: jax.Array | None = None,
         streams: int = 1,
+        encoder_slots: jax.Array | None = None,
         write_from: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Run tokens at positions `table.length[b] + t` and write their keys and values.
@@ -75,8 +84,10 @@ class Transformer(nnx.Module):
           tokens_bt: int32 [B, T].
           counts: int32 [B], tokens of each row that are real; the rest is padding.
           slots: int32 [B], the adapter of each row; None for none.
-          streams: 1, or 2 for a frozen encoder stream that writes the cache beside a decoder
-            stream that carries the adapters.
+          streams: 1, or 2 for an encoder stream that writes the cache beside a decoder stream that
+            carries the adapters.
+          encoder_slots: int32 [B], with two streams the adapter of each row's encoder; None where
+            all encoders are the frozen base.
           write_from: int32 [B], the first token of each row to be written; None for 0.
 
         Returns:
@@ -88,9 +99,10 @@ class Transformer(nnx.Module):
         with jax.named_scope("embed"):
             x_btd = self.embed_tokens(tokens_bt)
             x_sbtd = jnp.broadcast_to(x_btd, (streams, *x_btd.shape))
+        by_stream = (encoder_slots, slots) if streams == 2 else (slots,)
         for i, block in enumerate(self.layers):
             with jax.named_scope(f"layer{i}"):
-                x_sbtd, cache = block(x_sbtd, cache, table, keep, counts, slots)
+                x_sbtd, cache = block(x_sbtd, cache, table, keep, counts, by_stream)
         return x_sbtd[-1], cache
 
     def logits(self, x_btd: jax.Array) -> jax.Array:

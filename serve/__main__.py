@@ -8,18 +8,21 @@ A line of the file is {"model": "sums", "prompt": "..."}; see `jaxcodec.serve.js
 
 import dataclasses
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jaxcodec.models.load import load_model
-from jaxcodec.models.lora import load_adapter
+from jaxcodec.models.lora import Adapter, load_adapter
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
 from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.models.transformer import Model
 from jaxcodec.serve.batch_loop import stream
+from jaxcodec.serve.compilation import use_compilation_cache
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.jsonl import read_requests, write_outputs
 from jaxcodec.serve.request import Request, RequestOutput
+from jaxcodec.serve.served_models import DEFAULT_BANK, bank_for
+from jaxcodec.serve.timeline import Timeline, write_chrome_trace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,11 +38,15 @@ class Options:
       conventional: NAME=DIRECTORY of models or adapters that share nothing.
       name: under which the base itself is served, and what lines without a model ask for.
       page_size: tokens in a page of the cache.
-      pages: pages in the cache.
-      max_batch: most requests that run at once.
-      max_prefill_tokens: most prompt tokens computed between two decode steps.
+      pages: pages in the cache; as many as the device has memory for, if not given.
+      host_pages: pages to keep in host memory when the cache has no room for them.
+      max_batch: most responses that run at once.
+      step_tokens: most tokens computed in one step; a longer prompt takes several.
+      decode_steps: most tokens that one launch adds to a response, when nothing waits.
       share_prefixes: without, each model keeps its own cache, for comparison.
       warm_up: compile every step before the first request.
+      compilation_cache: directory to keep compiled steps in, for the next time.
+      trace: file for a Chrome trace of all requests, which ui.perfetto.dev opens.
     """
 
     model: Path
@@ -50,11 +57,15 @@ class Options:
     conventional: tuple[str, ...] = ()
     name: str = "base"
     page_size: int = 16
-    pages: int = 1024
+    pages: int | None = None
+    host_pages: int = 0
     max_batch: int = 16
-    max_prefill_tokens: int = 512
+    step_tokens: int = 512
+    decode_steps: int = 8
     share_prefixes: bool = True
     warm_up: bool = False
+    compilation_cache: Path | None = None
+    trace: Path | None = None
 
 
 def serve(options: Options) -> list[RequestOutput]:
@@ -64,46 +75,55 @@ def serve(options: Options) -> list[RequestOutput]:
       FileNotFoundError, ValueError: the prompts, a model, an adapter or the tokenizer cannot be
         read, or do not fit.
     """
-    if options.out.is_dir():  # before the work, not after it
-        raise ValueError(f"--out must be a file, {options.out} is a directory.")
+    for name, path in (("--out", options.out), ("--trace", options.trace)):
+        if path is not None and path.is_dir():  # before the work, not after it
+            raise ValueError(f"{name} must be a file, {path} is a directory.")
     lines = read_requests(options.prompts, options.name)
-    engine = make_engine(options)
+    if options.compilation_cache is not None:
+        use_compilation_cache(options.compilation_cache)
+    timeline = None if options.trace is None else Timeline()
+    engine = make_engine(options, timeline)
     if options.warm_up:
         engine.warm_up()
-    outputs: dict[int, RequestOutput] = {}
-    requests: list[tuple[int, Request]] = []
-    for number, content in lines:
-        if isinstance(content, Request):
-            requests.append((number, content))
-        else:
-            outputs[number] = RequestOutput(
-                f"line-{number}", "", "", (), "error", error=str(content)
-            )
-    start = time.perf_counter()
-    outputs |= _answer(engine, requests)
-    _report(engine, list(outputs.items()), time.perf_counter() - start)
-    in_order = sorted(outputs.items())
-    write_outputs(options.out, in_order)
-    return [output for _, output in in_order]
+    outputs = _answer(engine, lines)
+    write_outputs(options.out, outputs)
+    if options.trace is not None and timeline is not None:
+        write_chrome_trace(options.trace, timeline)
+    return [output for _, output in outputs]
 
 
-def make_engine(options: Options) -> Engine:
+def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
     """The engine with every model that the options name.
 
     Raises:
       FileNotFoundError, ValueError: as `serve`.
     """
     base = load_model(options.model)
+    models = list(_read_models(options, base))  # before the cache takes the memory that is left
+    adapters = [model for _, _, model in models if isinstance(model, Adapter)]
     engine = Engine(
         base,
         PretrainedTokenizer(options.model),
         name=options.name,
         page_size=options.page_size,
         pages=options.pages,
+        host_pages=options.host_pages,
         max_batch=options.max_batch,
-        max_prefill_tokens=options.max_prefill_tokens,
+        step_tokens=options.step_tokens,
+        decode_steps=options.decode_steps,
+        bank=bank_for(adapters) if adapters else DEFAULT_BANK,
         share_prefixes=options.share_prefixes,
+        timeline=timeline,
     )
+    for name, scheme, model in models:
+        if isinstance(model, Adapter):
+            engine.add_model(name, scheme, adapter=model)
+        else:
+            engine.add_model(name, scheme, model=model)
+    return engine
+
+
+def _read_models(options: Options, base: Model) -> Iterator[tuple[str, Scheme, Adapter | Model]]:
     models: tuple[tuple[Scheme, Sequence[str]], ...] = (
         (ICARUS, options.icarus),
         (PREFILL_SHARE, options.prefill_share),
@@ -115,54 +135,38 @@ def make_engine(options: Options) -> Engine:
             if not (name and separator and directory):
                 raise ValueError(f"Expected NAME=DIRECTORY, got {text!r}.")
             if (Path(directory) / "adapter_config.json").is_file():
-                engine.add_model(name, scheme, adapter=load_adapter(directory, base))
+                yield name, scheme, load_adapter(directory, base)
             else:
-                engine.add_model(name, scheme, model=load_model(directory, base.dtype))
-    return engine
+                yield name, scheme, load_model(directory, base.dtype)
 
 
-def _answer(engine: Engine, requests: list[tuple[int, Request]]) -> dict[int, RequestOutput]:
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
-
-    outputs: dict[int, RequestOutput] = {}
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("requests"))
-    with Progress(*columns) as progress:
-        task = progress.add_task("serving", total=len(requests))
-        for i, event in stream(engine, [request for _, request in requests]):
-            if isinstance(event, RequestOutput):
-                outputs[requests[i][0]] = event
-                progress.advance(task)
-    return outputs
-
-
-def _report(engine: Engine, outputs: list[tuple[int, RequestOutput]], seconds: float) -> None:
-    """What was served, and what it cost, as a table."""
+def _answer(
+    engine: Engine, lines: list[tuple[int, Request | ValueError]]
+) -> list[tuple[int, RequestOutput]]:
+    """(line number, output) of every response to every line, in their order."""
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
+
+    from jaxcodec.serve.live_table import live_table
 
     console = Console()
-    for number, output in sorted(outputs):
+    requests = [(number, content) for number, content in lines if isinstance(content, Request)]
+    outputs = [
+        (number, RequestOutput(f"line-{number}", "", "", (), "error", error=str(content)))
+        for number, content in lines
+        if not isinstance(content, Request)
+    ]
+    with live_table(engine.stats, console) as draw:
+        for i, event in stream(engine, [request for _, request in requests]):
+            draw()
+            if isinstance(event, RequestOutput):
+                outputs.append((requests[i][0], event))
+    outputs.sort(key=lambda numbered: (numbered[0], numbered[1].index))
+    for number, output in outputs:
         if output.error is not None:
             error = output.error.removeprefix(f"line {number}: ")
             console.print(f"[red]line {number}[/red]: {escape(error)}")
-    stats = engine.stats()
-    rate = stats.decode_tokens / max(seconds, 1e-9)
-    table = Table("", "", title="served", show_header=False)
-    for name, value in (
-        ("requests", f"{len(outputs)}"),
-        ("failed", f"{sum(o.finish_reason == 'error' for _, o in outputs)}"),
-        ("prompt tokens", f"{stats.prompt_tokens:,}"),
-        ("  reused", f"{stats.reused_tokens:,}"),
-        ("prefill tokens computed", f"{stats.prefill_tokens:,}"),
-        ("tokens generated", f"{stats.decode_tokens:,}"),
-        ("tokens/s", f"{rate:,.1f}"),
-        ("peak pages", f"{stats.pages.peak:,} of {stats.pages.total:,}"),
-        ("preemptions", f"{stats.preemptions:,}"),
-        ("seconds", f"{seconds:.2f}"),
-    ):
-        table.add_row(name, value)
-    console.print(table)
+    return outputs
 
 
 def main() -> None:

@@ -1,64 +1,107 @@
-"""The LoRA adapters of the base, in the slots of one bank, and the names of what they write."""
+"""Which adapters are in the slots of the base's bank. Plain Python: an adapter is its key.
 
-import hashlib
+Any number of adapters can be served; those in use are in slots, and the one that was not used for
+longest makes room for the next.
+"""
 
-import numpy as np
-
-from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.lora import ALL_TARGETS, Adapter, set_adapter, with_bank
-from jaxcodec.models.transformer import Model
-
-# Room to begin with, slot 0 included; it doubles when it is full, and with it the steps recompile.
-FIRST_SLOTS = 4
+import collections
 
 
 class AdapterSlots:
-    """A base model and its adapters: slot 0 changes nothing, the others hold one adapter each.
+    """The slots 1 to `slots` - 1 of a bank; slot 0 is the zero adapter and everybody's.
 
     Attributes:
-      model: the base, with a bank as soon as there is an adapter.
+      loads: times that an adapter was put into a slot.
     """
 
-    def __init__(self, base: Model):
-        self.model = base if base.bank is None else with_bank(base, None)
-        self._adapters: list[Adapter | None] = [None]
+    def __init__(self, slots: int):
+        if slots < 2:
+            raise ValueError(f"A bank needs a slot beside the zero adapter's, got {slots} in all.")
+        self.loads = 0
+        self._slots = slots
+        self._free = list(range(slots - 1, 0, -1))
+        self._slot: collections.OrderedDict[str, int] = collections.OrderedDict()  # oldest first
+        self._users: collections.Counter[str] = collections.Counter()
+        self._pinned: set[str] = set()
 
-    def add(self, adapter: Adapter) -> int:
-        """Load an adapter; returns its slot.
+    def can_acquire(self, key: str | None) -> bool:
+        """Whether `acquire` would find a slot now."""
+        return key is None or key in self._slot or bool(self._free) or self._idle() is not None
 
-        Where the bank lacks slots, rank or a target, it is made anew with all adapters in it.
+    def acquire(self, key: str | None) -> tuple[int, bool]:
+        """Use an adapter until it is released.
+
+        Returns:
+          (its slot, whether it has to be loaded into it first). (0, False) for None.
 
         Raises:
-          ValueError: the adapter does not fit the base; nothing has changed then.
+          MemoryError: all slots are in use or pinned.
         """
-        adapters = [*self._adapters, adapter]
-        model, start = self.model, len(self._adapters)
-        bank = _with_room(model.bank, len(adapters), adapter)
-        if bank != model.bank:
-            model, start = with_bank(model, bank), 1
-        for slot in range(start, len(adapters)):
-            model = set_adapter(model, adapters[slot], slot)
-        self.model, self._adapters = model, adapters
-        return len(adapters) - 1
+        if key is None:
+            return 0, False
+        slot = self._slot.get(key)
+        if is_new := slot is None:
+            slot = self._take()
+            self._slot[key] = slot
+            self.loads += 1
+        self._slot.move_to_end(key)
+        self._users[key] += 1
+        return slot, is_new
 
+    def release(self, key: str | None) -> None:
+        """Undo one `acquire`; the adapter stays in its slot until that is needed."""
+        if key is None:
+            return
+        if not self._users[key]:
+            raise ValueError(f"The adapter {key} is released more often than it was acquired.")
+        self._users[key] -= 1
 
-def adapted_namespace(base: str, adapter: Adapter) -> str:
-    """Content hash (SHA-256, hex) of a base, given by its own, with an adapter."""
-    digest = hashlib.sha256(f"{base} {adapter.alpha / adapter.rank}".encode())
-    for path in sorted(adapter.weights):
-        for matrix in adapter.weights[path]:
-            value = np.ascontiguousarray(matrix)
-            digest.update(repr((path, value.dtype, value.shape)).encode())
-            digest.update(value.view(np.uint8).data)
-    return digest.hexdigest()
+    def pin(self, key: str) -> tuple[int, bool]:
+        """Keep an adapter in its slot, used or not; returns as `acquire`, and raises like it.
 
+        One slot is never pinned, or other adapters would wait for ever.
+        """
+        if len(self._pinned | {key}) > self._slots - 2:
+            raise MemoryError(
+                f"{len(self._pinned)} adapters are pinned: of the bank's {self._slots} slots one "
+                "is the zero adapter's and one must stay for the others."
+            )
+        slot, is_new = self.acquire(key)
+        self.release(key)
+        self._pinned.add(key)
+        return slot, is_new
 
-def _with_room(bank: AdapterBank | None, slots: int, adapter: Adapter) -> AdapterBank:
-    old = bank or AdapterBank(FIRST_SLOTS, 1, ())
-    size = old.slots
-    while size < slots:
-        size *= 2
-    targets = {*old.targets, *adapter.targets}
-    return AdapterBank(
-        size, max(old.rank, adapter.rank), tuple(t for t in ALL_TARGETS if t in targets)
-    )
+    def unpin(self, key: str) -> None:
+        """Undo `pin`."""
+        self._pinned.discard(key)
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter that nobody uses: its slot is free at once."""
+        if self._users[key]:
+            raise ValueError(f"The adapter {key} is in use and cannot be dropped.")
+        self._pinned.discard(key)
+        del self._users[key]
+        if (slot := self._slot.pop(key, None)) is not None:
+            self._free.append(slot)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Slot of each adapter that is in one."""
+        return dict(self._slot)
+
+    @property
+    def users(self) -> int:
+        """Acquisitions that have not been released."""
+        return self._users.total()
+
+    def _idle(self) -> str | None:
+        """The adapter that was not used for longest, and may go."""
+        return next((k for k in self._slot if not self._users[k] and k not in self._pinned), None)
+
+    def _take(self) -> int:
+        if self._free:
+            return self._free.pop()
+        idle = self._idle()
+        if idle is None:
+            raise MemoryError("All adapter slots are in use or pinned.")
+        return self._slot.pop(idle)

@@ -1,9 +1,10 @@
 """Requests in, outputs out: the plain way to use an engine."""
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
 
 from jaxcodec.serve.engine import Engine
-from jaxcodec.serve.request import Event, Request, RequestOutput
+from jaxcodec.serve.request import Event, QueueFull, Request, RequestOutput
 
 
 def generate(
@@ -11,40 +12,53 @@ def generate(
     requests: Sequence[Request],
     on_text: Callable[[Request, str], None] | None = None,
 ) -> list[RequestOutput]:
-    """Answer all requests; returns their outputs in the same order.
+    """Answer all requests; returns their outputs in the same order, those of one by `index`.
 
-    A request that the engine refuses gets an output with finish_reason "error"; the others go on.
+    A request that the engine refuses gets one output with finish_reason "error"; the others go on.
 
     Args:
       engine: nobody else may step it meanwhile.
       on_text: called with each piece of text as it comes.
     """
-    outputs: dict[int, RequestOutput] = {}
+    outputs: dict[tuple[int, int], RequestOutput] = {}
     for i, event in stream(engine, requests):
         if isinstance(event, RequestOutput):
-            outputs[i] = event
+            outputs[i, event.index] = event
         elif on_text is not None and event.text:
             on_text(requests[i], event.text)
-    return [outputs[i] for i in range(len(requests))]
+    return [outputs[key] for key in sorted(outputs)]
 
 
 def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
-    """(index of the request, event) as they come; what is left is cancelled on `close`."""
-    index: dict[str, int] = {}
+    """(index of the request, event) as they come; what is left is cancelled on `close`.
+
+    What the engine's queue has no room for waits here.
+    """
+    waiting = collections.deque(enumerate(requests))
+    places: dict[str, int] = {}
+    left: dict[str, int] = {}  # responses to come
     try:
-        for i, request in enumerate(requests):
-            try:
-                index[engine.submit(request)] = i
-            except ValueError as error:
-                yield i, _refused(request, i, error)
-        while index:
+        while waiting or left:
+            while waiting:
+                i, request = waiting[0]
+                try:
+                    id = engine.submit(request)
+                except QueueFull:
+                    break
+                except ValueError as error:
+                    yield i, _refused(request, i, error)
+                else:
+                    places[id], left[id] = i, request.sampling.n
+                waiting.popleft()
             for event in engine.step():
-                if (i := index.get(event.id)) is not None:
+                if event.id in left:
                     if isinstance(event, RequestOutput):
-                        del index[event.id]
-                    yield i, event
+                        left[event.id] -= 1
+                        if not left[event.id]:
+                            del left[event.id]
+                    yield places[event.id], event
     finally:
-        for id in index:
+        for id in left:
             engine.cancel(id)
 
 

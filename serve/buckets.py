@@ -1,62 +1,24 @@
-"""The shapes that steps are compiled for, and all padding to them.
+"""The shapes that steps are compiled for: whatever has to be done is padded to one of them.
 
-Letters: B rows, T tokens in a prefill, P pages a row.
+Letters: B rows, T tokens a row of a prefill, P pages a row.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import jax
-import numpy as np
-
-from jaxcodec.models.cache import PageTable
 
 # Below these a smaller program saves less time than its compilation costs.
 MIN_TOKENS = 16
 MIN_PAGES = 4
 
 
-class Row(NamedTuple):
-    """One sequence's share of a device call.
-
-    Attributes:
-      tokens: to be fed, one for a decode step.
-      length: tokens of the sequence that are in the cache already.
-      pages: its pages, at least those that this call reads and writes.
-      slot: its adapter.
-    """
-
-    tokens: Sequence[int]
-    length: int
-    pages: Sequence[int]
-    slot: int
-
-
-class Batch(NamedTuple):
-    """Padded arguments of a step, on the device.
-
-    Attributes:
-      table: pages int32 [B, P] and length int32 [B]; a row of padding has no page.
-      tokens: int32 [B, T].
-      counts: int32 [B], real tokens of each row; 0 for a row of padding.
-      slots: int32 [B]; 0, the zero adapter, for a row of padding.
-    """
-
-    table: PageTable
-    tokens: jax.Array
-    counts: jax.Array
-    slots: jax.Array
-
-
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Ascending sizes; a batch is padded to the least that holds it.
+    """Ascending sizes; what is less is padded to the next.
 
     Attributes:
-      rows: of a decode step (a prefill has one row).
-      tokens: of a prefill.
-      pages: of a row's page table.
+      rows: B of a decode launch.
+      tokens: T of a prefill. A prefill has one row, or as many as make up the largest T together.
+      pages: P of a page table.
     """
 
     rows: tuple[int, ...]
@@ -81,52 +43,38 @@ class Buckets:
             if not sizes or sorted(sizes) != list(sizes) or sizes[-1] < needed:
                 raise ValueError(f"Buckets of {name} must ascend to {needed} or more, got {sizes}.")
 
-    def decode(self, rows: Sequence[Row], no_page: int) -> Batch:
-        """A decode step of `rows`.
+    def decode(self, rows: int, pages: int) -> tuple[int, int]:
+        """(B, P) of a decode launch of so many rows, the longest of so many pages."""
+        return _least(self.rows, rows), _least(self.pages, pages)
 
-        Args:
-          no_page: the cache's number of pages, which is no page.
+    def prefill(self, rows: int, tokens: int, pages: int) -> tuple[int, int, int] | None:
+        """(B, T, P) of a prefill of so many rows, the longest of so many tokens and pages.
+
+        None if the rows are more than one prefill takes.
         """
-        width = max((len(row.pages) for row in rows), default=1)
-        return pad(rows, no_page, _least(self.rows, len(rows)), 1, _least(self.pages, width))
-
-    def prefill(self, row: Row, no_page: int) -> Batch:
-        """A prefill of one row."""
-        T, P = _least(self.tokens, len(row.tokens)), _least(self.pages, len(row.pages))
-        return pad([row], no_page, 1, T, P)
+        T, P = _least(self.tokens, tokens), _least(self.pages, pages)
+        most = self.tokens[-1] // T
+        return None if rows > most else (1 if rows == 1 else most, T, P)
 
     def decode_shapes(self) -> list[tuple[int, int]]:
         """Every (B, P) that `decode` can give."""
         return [(B, P) for B in self.rows for P in self.pages]
 
-    def prefill_shapes(self, page_size: int) -> list[tuple[int, int]]:
-        """Every (T, P) that `prefill` can give: T is no bucket too large for tokens in P pages."""
+    def prefill_shapes(self, page_size: int) -> list[tuple[int, int, int]]:
+        """Every (B, T, P) that `prefill` can give; T tokens take their pages."""
         return [
-            (T, P)
+            (B, T, P)
             for P in self.pages
             for T in self.tokens
             if T <= _least(self.tokens, min(P * page_size, self.tokens[-1]))
+            for B in sorted({1, self.tokens[-1] // T})
         ]
 
 
-def pad(rows: Sequence[Row], no_page: int, B: int, T: int, P: int) -> Batch:
-    """Rows as arrays of [B, T] tokens and [B, P] pages."""
-    pages = np.full((B, P), no_page, np.int32)
-    tokens = np.zeros((B, T), np.int32)
-    length, counts, slots = (np.zeros(B, np.int32) for _ in range(3))
-    for b, row in enumerate(rows):
-        pages[b, : len(row.pages)] = row.pages
-        tokens[b, : len(row.tokens)] = row.tokens
-        length[b], counts[b], slots[b] = row.length, len(row.tokens), row.slot
-    pages, length, tokens, counts, slots = jax.device_put((pages, length, tokens, counts, slots))
-    return Batch(PageTable(pages, length), tokens, counts, slots)
-
-
 def _least(sizes: tuple[int, ...], needed: int) -> int:
-    for size in sizes:
-        if size >= needed:
-            return size
-    raise ValueError(f"No bucket holds {needed}; the sizes are {sizes}.")
+    if needed > sizes[-1]:
+        raise ValueError(f"No bucket holds {needed}; the sizes are {sizes}.")
+    return sizes[bisect.bisect_left(sizes, needed)]
 
 
 def _powers(first: int, last: int) -> tuple[int, ...]:

@@ -10,50 +10,74 @@ MAX_PARTS = 4
 # Tokens decoded before the first new one, so that decoders which treat the beginning of a text
 # apart (dropping its leading space) do not take the response for one.
 CONTEXT = 5
+# Read tokens that a window may hold before it is cut to the last of them: cutting costs a decoding.
+MAX_READ = 4 * CONTEXT
 
 
 class TextStream:
     """The text of one response.
+
+    Args:
+      prompt: tokens before it.
+      stop: texts that end it.
+      min_tokens: a stop text that one of so many first tokens completes is text like any other.
 
     Attributes:
       text: what has been released so far.
       stopped: a stop text has come; what follows it is dropped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+    ):
         self.text = ""
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._window = list(prompt[-CONTEXT:])  # tokens decoded together
         self._read = len(self._window)  # of them, tokens whose text is out
+        self._before = tokenizer.decode(self._window)  # text of those that are read
         self._held = ""  # decoded, but it may be the start of a stop text
+        self._unstoppable = min_tokens  # tokens still to come that complete no stop text
 
     def push(self, token: int) -> str:
         """The text that has become certain with one more token; often empty."""
         self._window.append(token)
-        return self._release(self._decoded(final=False), final=False)
+        released = self._release(self._decoded(final=False), final=False)
+        self._unstoppable -= 1
+        return released
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""
         return self._release(self._decoded(final=True), final=True)
 
     def _decoded(self, final: bool) -> str:
-        before = self._tokenizer.decode(self._window[: self._read])
         after = self._tokenizer.decode(self._window)
         parts = len(self._window) - self._read
         if after.endswith(REPLACEMENT) and parts < MAX_PARTS and not final:
             return ""
-        # The next window starts with the tokens just read.
-        self._window = self._window[max(self._read - CONTEXT, 0) :]
-        self._read = len(self._window)
-        return after[len(before) :]
+        new = after[len(self._before) :]
+        if len(self._window) > MAX_READ:
+            self._window = self._window[-CONTEXT:]
+            after = self._tokenizer.decode(self._window)
+        self._read, self._before = len(self._window), after
+        return new
 
     def _release(self, new: str, final: bool) -> str:
+        if not self._stop:  # nothing is ever held
+            self.text += new
+            return new
         if self.stopped:
             return ""
+        seen = len(self._held)
         self._held += new
-        found = [i for s in self._stop if (i := self._held.find(s)) >= 0]
+        # A stop text that ended earlier would have been found then, or was not to count.
+        starts = (self._held.find(s, max(seen - len(s) + 1, 0)) for s in self._stop)
+        found = [start for start in starts if start >= 0 and self._unstoppable <= 0]
         if found:
             self.stopped = True
             certain = min(found)

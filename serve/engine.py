@@ -1,82 +1,48 @@
 """Many specialised models of one base, served from one KV cache.
 
-`Engine.step` is schedule, run, postprocess. This module alone touches the device: queues, pages
-and prefixes are plain Python beneath it.
-
-Letters: B rows, T tokens in a prefill, P pages a row, V vocabulary.
+`Engine.step` is plan, run, collect: it sends the device its next work, and takes in what the work
+before that has made. Queues, pages and prefixes are plain Python beneath it; the device is the
+runner's.
 """
 
 import collections
 import dataclasses
-import functools
+import heapq
+import itertools
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
+from typing import Any, get_args
 
 import jax
-import numpy as np
 
-from jaxcodec.models.cache import KVCache, PageTable, pages_for
+from jaxcodec.models.cache import KVCache, pages_for
+from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.lora import Adapter
 from jaxcodec.models.scheme import Scheme
-from jaxcodec.models.steps import decode_step, prefill
 from jaxcodec.models.tokenizer import Tokenizer
 from jaxcodec.models.transformer import Model
-from jaxcodec.serve.buckets import Batch, Buckets, Row, pad
+from jaxcodec.serve.answers import Answer
+from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
+from jaxcodec.serve.pages import pages_that_fit
+from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
+from jaxcodec.serve.prefix_tree import PageNames
+from jaxcodec.serve.prompts import prompt_tokens
 from jaxcodec.serve.request import (
     SEED_LIMIT,
     Event,
     FinishReason,
+    QueueFull,
     Request,
     RequestOutput,
-    TextDelta,
-    Timings,
 )
-from jaxcodec.serve.sampling import SamplingBatch, sample
-from jaxcodec.serve.scheduler import PageCounts, Prefill, Scheduler, Sequence
-from jaxcodec.serve.served_models import Lane, ServedModel, ServedModels
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineStats:
-    """What an engine has done since it was made.
-
-    Attributes:
-      steps: calls of `Engine.step`.
-      waiting: requests in the queue, now.
-      running: requests with a row and pages, now.
-      finished: requests that have ended, for whatever reason.
-      prompt_tokens: tokens in the prompts of requests that have started.
-      reused_tokens: of them, tokens that the prefix tree had.
-      prefill_tokens: tokens that prefills have computed, those after preemptions included.
-      decode_tokens: tokens that decode steps have computed, one for each token generated.
-      preemptions: times that a request was pushed out for want of pages.
-      pages: pages by state, see `PageCounts`.
-    """
-
-    steps: int
-    waiting: int
-    running: int
-    finished: int
-    prompt_tokens: int
-    reused_tokens: int
-    prefill_tokens: int
-    decode_tokens: int
-    preemptions: int
-    pages: PageCounts
-
-
-@dataclasses.dataclass(eq=False)
-class _Active:
-    """A request between submission and end."""
-
-    request: Request
-    model: ServedModel
-    sequence: Sequence
-    stream: TextStream | None
-    seed: int
-    timings: Timings
+from jaxcodec.serve.runner import Launch, LaunchedRow, Runner
+from jaxcodec.serve.scheduler import Scheduler
+from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
+from jaxcodec.serve.statistics import EngineStats, ModelStats
+from jaxcodec.serve.structured import Grammars
+from jaxcodec.serve.timeline import Timeline
 
 
 class Engine:
@@ -87,12 +53,20 @@ class Engine:
       tokenizer: for prompts and responses as text; None to work on token ids alone.
       name: under which the base itself is served.
       page_size: tokens in a page of the cache.
-      pages: pages in the cache.
-      max_batch: most requests that run at once.
-      max_prefill_tokens: most tokens prefilled in one step; a longer prompt takes several, while
-        others decode.
+      pages: pages in the cache; None for what the device's free memory holds, so load other models
+        before.
+      max_batch: most responses that run at once.
+      step_tokens: most tokens computed in one step: one for each response that decodes, the rest
+        for prompts. A longer prompt takes several steps: so this bounds the time between tokens.
+      decode_steps: most tokens that one launch adds to a response, when nothing waits.
+      max_waiting: most responses in the queue.
+      bank: room for adapters on the base, see `bank_for`. Any number can be served: those in use
+        are in its slots.
+      host_pages: most pages that are kept in host memory when the cache has no room for them.
       share_prefixes: False keeps the pages of each model to itself, for comparison.
       buckets: shapes to compile for; None for powers of two.
+      timeline: where to note what happens to requests.
+      clock: gives seconds; `time.perf_counter` unless tests need another.
     """
 
     def __init__(
@@ -102,23 +76,48 @@ class Engine:
         *,
         name: str = "base",
         page_size: int = 16,
-        pages: int = 1024,
+        pages: int | None = None,
         max_batch: int = 16,
-        max_prefill_tokens: int = 512,
+        step_tokens: int = 512,
+        decode_steps: int = 8,
+        max_waiting: int = 1024,
+        bank: AdapterBank = DEFAULT_BANK,
+        host_pages: int = 0,
         share_prefixes: bool = True,
         buckets: Buckets | None = None,
+        timeline: Timeline | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ):
         self.tokenizer = tokenizer
-        self.context = min(base.config.max_positions, pages * page_size)
-        sizes = max_batch, max_prefill_tokens, pages_for(self.context, page_size)
-        self._buckets = buckets or Buckets.powers_of_two(*sizes)
-        self._buckets.check_holds(*sizes)
-        self._models = ServedModels(base, name, share_prefixes)
         self._vocab_size = base.config.vocab_size
-        self._cache = KVCache.zeros(base.config, pages, page_size, base.dtype)
-        self._scheduler = Scheduler(pages, page_size, self.context, max_batch, max_prefill_tokens)
-        self._active: dict[str, _Active] = {}  # by id, in order of submission
+        self._page_size = page_size
+        self._models = ServedModels(base, name, bank, share_prefixes)
+        if pages is None:
+            pages = _pages_that_fit(base, page_size)
+        self.context = min(base.config.max_positions, pages * page_size)
+        sizes = max_batch, step_tokens, pages_for(self.context, page_size)
+        buckets = buckets or Buckets.powers_of_two(*sizes)
+        buckets.check_holds(*sizes)
+        self._scheduler = Scheduler(
+            pages, page_size, max_batch, step_tokens, decode_steps, self._models.slots, host_pages
+        )
+        cache = KVCache.zeros(base.config, pages, page_size, base.dtype)
+        self._grammars = Grammars(tokenizer, self._vocab_size)
+        self._runner = Runner(
+            base.config, self._models, self._grammars, buckets, cache, max_batch, decode_steps
+        )
+        self._max_waiting = max_waiting
+        self._timeline, self._clock = timeline, clock
+        self._made = clock()
+        self._active: dict[str, list[Answer]] = {}  # by id, in order of submission
+        self._answers: dict[Sequence, Answer] = {}
+        self._deadlines: list[tuple[float, int, Answer]] = []
+        self._flying: list[Launch] = []  # of the last step
+        self._number = itertools.count(1)
         self._counts: collections.Counter[str] = collections.Counter()
+        self._by_model: dict[str, collections.Counter[str]] = collections.defaultdict(
+            collections.Counter
+        )
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -140,101 +139,152 @@ class Engine:
     ) -> None:
         """Serve a specialised model: an adapter on the base, or weights of its own.
 
+        After `warm_up`, an adapter of a scheme that was served then compiles nothing.
+
         Raises:
           ValueError: the name is taken; not exactly one of adapter and model; an icarus model that
             is not an adapter, or whose adapter writes the cache; a model of another architecture
-            than the base's; an adapter that does not fit it.
+            than the base's; an adapter that does not fit it, or the bank.
         """
         self._models.add(name, scheme, adapter, model)
+
+    def remove_model(self, name: str) -> None:
+        """Serve a model no more; requests that it has are answered as if nothing had happened.
+
+        The name is free at once: a new version of an adapter is added under the name of the old.
+
+        Raises:
+          ValueError: there is no such model, or it is the base.
+        """
+        self._models.remove(name)
+
+    def pin(self, name: str, pinned: bool = True) -> None:
+        """Keep a model's adapter in its slot, whatever else is asked for; or no more.
+
+        Raises:
+          ValueError: there is no such model, or it is no adapter.
+          MemoryError: all slots are in use, or all but one pinned.
+        """
+        adapter = self._models.find(name).adapter
+        if adapter is None:
+            raise ValueError(f"{name} is no adapter: its weights are always there.")
+        if not pinned:
+            self._models.slots.unpin(adapter)
+            return
+        slot, is_new = self._models.slots.pin(adapter)
+        if is_new:
+            self._models.load(adapter, slot)
 
     def submit(self, request: Request) -> str:
         """Queue a request; returns its id.
 
         Raises:
-          ValueError: an unknown model, an id in use, text without a tokenizer, or a prompt that is
+          ValueError: an unknown model, an id in use, text without a tokenizer, a prompt that is
             empty, holds an unknown token or exceeds the context (the model's, or what the whole
-            cache holds). The engine goes on as if it had not been asked.
+            cache holds), a structure that is none, or more responses than the queue could hold.
+            The engine goes on as if it had not been asked.
+          QueueFull: there is no room in the queue for it. Step the engine and try again.
         """
-        model = self._models.find(request.model)
-        prompt = self._prompt_tokens(request)
-        id = request.id
-        if id is None:
-            self._counts["numbered"] += 1
-            id = f"request-{self._counts['numbered']}"
+        self._models.find(request.model)
+        prompt = prompt_tokens(request, self.tokenizer, self.context, self._vocab_size)
+        count, waiting = request.sampling.n, len(self._scheduler.waiting)
+        id = request.id if request.id is not None else f"request-{next(self._number)}"
         if id in self._active:
             raise ValueError(f"A request with the id {id!r} is being served.")
-        stream, seed = None, request.sampling.seed
-        if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, prompt, request.sampling.stop)
-        sequence = Sequence(id, model.namespace, prompt, len(prompt), model.shares_response)
-        self._active[id] = _Active(
-            request,
-            model,
-            sequence,
-            stream,
-            secrets.randbelow(SEED_LIMIT) if seed is None else seed,
-            Timings(time.perf_counter()),
-        )
-        self._scheduler.add(sequence)
+        if count > self._max_waiting:
+            raise ValueError(f"n is {count}, but the queue holds {self._max_waiting} responses.")
+        if waiting + count > self._max_waiting:
+            self._counts["rejected"] += 1
+            raise QueueFull(
+                f"{waiting} responses wait, of at most {self._max_waiting}: there is no room for "
+                f"{count} more."
+            )
+        seed = request.sampling.seed
+        seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
+        now = self._clock()
+        seeds = [(seed + k) % SEED_LIMIT for k in range(count)]
+        for answer in [self._answer(request, (id, k), prompt, s, now) for k, s in enumerate(seeds)]:
+            self._queue(answer)
         return id
 
-    def cancel(self, id: str) -> RequestOutput:
+    def cancel(self, id: str) -> list[RequestOutput]:
         """End a request at once, whether it waits or runs; its pages are free or findable then.
+
+        Returns:
+          the ends of those of its responses that had not ended.
 
         Raises:
           ValueError: no request of that id is being served.
         """
         if id not in self._active:
             raise ValueError(f"No request with the id {id!r} is being served.")
-        return self._finish(self._active[id], "cancelled")
+        return [self._finish(answer, "cancelled") for answer in list(self._active[id])]
 
     def step(self) -> list[Event]:
-        """Schedule, run and postprocess one step: some prefill, and a token of each that decodes.
+        """Plan and launch one step, and collect what the step before it has made.
 
         Returns:
-          A `TextDelta` for each new token, and a `RequestOutput` after the last of a request.
+          A `TextDelta` for each new token, and a `RequestOutput` after the last of a response.
         """
-        plan = self._scheduler.plan()
-        self._note_started(plan.prefills, plan.decodes)
-        for chunk in plan.prefills:
-            self._prefill(chunk)
-            self._scheduler.prefilled(chunk)
-        lanes: dict[Lane, list[_Active]] = collections.defaultdict(list)
-        for sequence in plan.decodes:
-            active = self._active[sequence.id]
-            lanes[self._models.lane(active.model)].append(active)
-        # All lanes are on their way before the first answer is waited for.
-        answers = [(rows, self._decode(lane, rows)) for lane, rows in lanes.items()]
         self._counts["steps"] += 1
-        self._counts["prefill"] += sum(chunk.count for chunk in plan.prefills)
-        self._counts["decode"] += len(plan.decodes)
-        return [
-            event
-            for rows, (tokens, broken) in answers
-            for active, token, fails in zip(
-                rows, np.asarray(tokens).tolist(), np.asarray(broken).tolist(), strict=False
+        events = self._expire()
+        plan = self._scheduler.plan(settled=not self._flying)
+        if self._flying and (plan is None or plan.empty):  # all depends on what is on its way
+            events += self._collect()
+            plan = self._scheduler.plan()
+        assert plan is not None, "a settled scheduler has a plan"
+        moves = events or plan.preempted or not plan.empty
+        assert moves or not self._scheduler.waiting, "the scheduler has stalled"
+        self._note_plan(plan)
+        launches = self._runner.run(plan, self._answers)
+        events += self._collect()
+        self._flying = launches
+        if not self._active:
+            self._scheduler.check_idle()
+        if self._timeline is not None:
+            self._timeline.counter(
+                self._clock(),
+                waiting=len(self._scheduler.waiting),
+                running=len(self._scheduler.running),
+                free_pages=self._scheduler.pool.free,
+                prefill_tokens=sum(chunk.count for chunk in plan.prefills),
+                decode_tokens=sum(count for _, count in plan.decodes),
             )
-            for event in self._advance(active, token, fails)
-        ]
+        return events
 
     def stats(self) -> EngineStats:
         """Counts up to now."""
-        counts, scheduler = self._counts, self._scheduler
-        return EngineStats(
+        scheduler, counts = self._scheduler, self._counts
+        waiting = collections.Counter(s.model for s in scheduler.waiting)
+        running = collections.Counter(s.model for s in scheduler.running)
+        models = {
+            name: ModelStats(
+                waiting=waiting[name],
+                running=running[name],
+                finished={reason: n for reason in get_args(FinishReason) if (n := own[reason])},
+                prompt_tokens=own["prompt"],
+                reused_tokens=own["reused"],
+                prefill_tokens=own["prefill"],
+                decode_tokens=own["decode"],
+                preemptions=scheduler.preempted[name],
+            )
+            for name, own in self._by_model.items()
+        }
+        return EngineStats.of(
+            models,
+            scheduler.counts(),
+            seconds=self._clock() - self._made,
             steps=counts["steps"],
-            waiting=len(scheduler.waiting),
-            running=len(scheduler.running),
-            finished=counts["finished"],
-            prompt_tokens=counts["prompt"],
-            reused_tokens=counts["reused"],
-            prefill_tokens=counts["prefill"],
-            decode_tokens=counts["decode"],
-            preemptions=scheduler.preemptions,
-            pages=scheduler.counts(),
+            launches=self._runner.launches,
+            rejected=counts["rejected"],
+            evictions=scheduler.evictions,
+            offloaded=scheduler.host.offloaded,
+            restored=scheduler.host.restored,
+            adapter_loads=self._models.slots.loads,
         )
 
     def check(self) -> None:
-        """Verify that no page is lost or in two places.
+        """Verify that no page, row or slot is lost or in two places.
 
         Raises:
           AssertionError: one is: a fault of ours.
@@ -242,152 +292,130 @@ class Engine:
         self._scheduler.check()
 
     def warm_up(self) -> None:
-        """Compile every step that the models served now can ask for, on rows of padding."""
-        no_page, page_size = self._cache.num_pages, self._cache.page_size
-        for lane in self._models.lanes:
-            for B, P in self._buckets.decode_shapes():
-                self._run_decode(lane, pad([], no_page, B, 1, P), SamplingBatch.of([], [], B))
-        for writer in self._models.writers:
-            for T, P in self._buckets.prefill_shapes(page_size):
-                self._run_prefill(*writer, pad([], no_page, 1, T, P))
+        """Compile every step that the models served now can ask for."""
+        self._runner.warm_up()
 
-    # Run
-
-    def _prefill(self, chunk: Prefill) -> None:
-        sequence, end = chunk.sequence, chunk.start + chunk.count
-        model = self._active[sequence.id].model
-        used = pages_for(end, self._cache.page_size)
-        row = Row(
-            sequence.tokens[chunk.start : end], chunk.start, sequence.pages[:used], model.slot
+    def _answer(
+        self, request: Request, id: tuple[str, int], prompt: list[int], seed: int, now: float
+    ) -> Answer:
+        """One of the responses to a request, before anything is done for it."""
+        model, sampling = self._models.find(request.model), request.sampling
+        eos_ids = model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
+        progress, stream = None, None
+        if sampling.structured is not None:
+            progress = self._grammars.start(sampling.structured, eos_ids)
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
+        tokens = list(prompt)
+        sequence = Sequence(
+            id=id,
+            model=model.name,
+            tokens=tokens,
+            prompt_length=len(prompt),
+            limit=min(len(prompt) + sampling.max_tokens, self.context + 1),
+            names=PageNames(model.namespace, tokens, self._page_size),
+            shares_response=model.shares_response,
+            adapter=model.adapter,
+            priority=request.priority,
+            needs_host=sampling.needs_host,
         )
-        batch = self._buckets.prefill(row, self._cache.num_pages)
-        self._run_prefill(*self._models.writer(model, chunk.by_prompt_writer), batch)
+        return Answer(request, model, sequence, seed, stream, progress, eos_ids, now)
 
-    def _run_prefill(self, weights: str, adapted: bool, batch: Batch) -> None:
-        model, slots = self._models.weights(weights), batch.slots if adapted else None
-        self._cache = prefill(model, self._cache, batch.table, batch.tokens, batch.counts, slots)
+    # What became of it
 
-    def _decode(self, lane: Lane, rows: list[_Active]) -> tuple[jax.Array, jax.Array]:
-        batch = self._buckets.decode(
-            [
-                Row(a.sequence.tokens[-1:], a.sequence.cached, a.sequence.pages, a.model.slot)
-                for a in rows
-            ],
-            self._cache.num_pages,
-        )
-        sampling = SamplingBatch.of(
-            [a.request.sampling for a in rows], [a.seed for a in rows], len(batch.counts)
-        )
-        return self._run_decode(lane, batch, sampling)
+    def _collect(self) -> list[Event]:
+        """Take in what is on its way."""
+        flying, self._flying = self._flying, []
+        now = self._clock()
+        return [
+            event
+            for launch in flying
+            for row in launch.fetch()
+            if row.answer.sequence.row != NO_ROW  # else it was cancelled meanwhile
+            for event in self._advance(row, now)
+        ]
 
-    def _run_decode(
-        self, lane: Lane, batch: Batch, sampling: SamplingBatch
-    ) -> tuple[jax.Array, jax.Array]:
-        model = self._models.weights(lane.weights)
-        slots = None if model.bank is None else batch.slots
-        tokens, broken, self._cache = _decode_and_sample(
-            model, self._cache, batch.table, batch.tokens, sampling, slots, lane.streams
-        )
-        return tokens, broken
-
-    # Postprocess
-
-    def _note_started(self, prefills: list[Prefill], decodes: list[Sequence]) -> None:
-        for sequence in (*(p.sequence for p in prefills), *decodes):
-            active = self._active[sequence.id]
-            if active.timings.started is None:
-                active.timings = dataclasses.replace(active.timings, started=time.perf_counter())
-                self._counts["prompt"] += sequence.prompt_length
-                self._counts["reused"] += sequence.reused or 0
-
-    def _advance(self, active: _Active, token: int, fails: bool) -> Iterable[Event]:
-        """What one more token of a request means."""
-        if fails:
-            error = f"The logits of {active.model.name} are not finite (NaN or infinity)."
-            yield self._finish(active, "error", error)
-            return
-        self._scheduler.decoded(active.sequence, token)
-        if active.timings.first_token is None:
-            active.timings = dataclasses.replace(active.timings, first_token=time.perf_counter())
-        reason, text = self._ending(active, token), ""
-        if active.stream is not None:
-            text = "" if reason == "stop" else active.stream.push(token)
-            if active.stream.stopped:
-                reason = "stop"
-            if reason is not None:
-                text += active.stream.finish()
-        yield TextDelta(active.sequence.id, token, text)
+    def _advance(self, row: LaunchedRow, now: float) -> list[Event]:
+        """What the new tokens of a response mean; a fault in one response is that one's alone."""
+        answer, events, reason, error = row.answer, [], None, None
+        sequence = answer.sequence
+        try:
+            for place, token in enumerate(row.tokens):
+                delta, reason = answer.take(token, place, row.logprobs, now)
+                events.append(delta)
+                if reason is not None:
+                    break
+        except Exception as fault:  # of a tokenizer or a structure, which are not ours
+            reason, error = "error", f"{type(fault).__name__}: {fault}"
+        self._scheduler.decoded(sequence, len(events), row.planned)
+        self._by_model[answer.model.name]["decode"] += len(events)
+        self._note(answer, "decode", now, tokens=len(events))
+        if row.broken and reason is None:
+            reason = "error"
+            error = f"The logits of {answer.model.name} are not finite (NaN or infinity)."
         if reason is not None:
-            yield self._finish(active, reason)
+            events.append(self._finish(answer, reason, error))
+        return events
 
-    def _ending(self, active: _Active, token: int) -> FinishReason | None:
-        sampling, sequence = active.request.sampling, active.sequence
-        if not sampling.ignore_eos and token in self._eos_ids(active.model):
-            return "stop"
-        generated = len(sequence.tokens) - sequence.prompt_length
-        full = len(sequence.tokens) > self.context  # the new token has no position to stand at
-        return "length" if generated == sampling.max_tokens or full else None
-
-    def _eos_ids(self, model: ServedModel) -> tuple[int, ...]:
-        return model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
+    def _expire(self) -> list[Event]:
+        """End what has passed its deadline."""
+        ended: list[Event] = []
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            _, _, answer = heapq.heappop(self._deadlines)
+            if answer.sequence in self._answers:
+                ended.append(self._finish(answer, "deadline"))
+        return ended
 
     def _finish(
-        self, active: _Active, reason: FinishReason, error: str | None = None
+        self, answer: Answer, reason: FinishReason, error: str | None = None
     ) -> RequestOutput:
-        sequence = active.sequence
+        sequence, now = answer.sequence, self._clock()
         # What a broken row has written may be as broken as its logits.
         self._scheduler.remove(sequence, share=reason != "error")
-        del self._active[sequence.id]
-        self._counts["finished"] += 1
-        return RequestOutput(
-            id=sequence.id,
-            model=active.model.name,
-            text=active.stream.text if active.stream else "",
-            tokens=tuple(sequence.tokens[sequence.prompt_length :]),
-            finish_reason=reason,
-            error=error,
-            prompt_tokens=sequence.prompt_length,
-            cached_tokens=sequence.reused or 0,
-            timings=dataclasses.replace(active.timings, finished=time.perf_counter()),
-        )
+        del self._answers[sequence]
+        id, _ = sequence.id
+        self._active[id].remove(answer)
+        if not self._active[id]:
+            del self._active[id]
+        self._models.release(answer.model)
+        self._by_model[answer.model.name][reason] += 1
+        self._note(answer, reason, now)
+        return answer.output(reason, error, now)
 
-    # Bad input
+    def _queue(self, answer: Answer) -> None:
+        sequence = answer.sequence
+        self._scheduler.add(sequence)
+        self._by_model[answer.model.name]["submitted"] += 1
+        self._models.hold(answer.model)
+        self._answers[sequence] = answer
+        self._active.setdefault(sequence.id[0], []).append(answer)
+        if answer.deadline < float("inf"):
+            heapq.heappush(self._deadlines, (answer.deadline, next(self._number), answer))
+        self._note(answer, "submitted", answer.timings.submitted, model=answer.model.name)
 
-    def _prompt_tokens(self, request: Request) -> list[int]:
-        if self.tokenizer is None and (isinstance(request.prompt, str) or request.sampling.stop):
-            raise ValueError("Text prompts and stop texts need an engine with a tokenizer.")
-        if isinstance(request.prompt, str):
-            assert self.tokenizer is not None
-            prompt = self.tokenizer.encode(request.prompt)
-        else:
-            prompt = list(request.prompt)
-        if not prompt:
-            raise ValueError("A prompt needs at least one token, got none.")
-        if len(prompt) > self.context:
-            raise ValueError(
-                f"The prompt has {len(prompt)} tokens, the context holds {self.context}: "
-                "shorten it, or give the engine more pages if the model's own context is longer."
-            )
-        for token in prompt:
-            if not isinstance(token, int | np.integer) or not 0 <= token < self._vocab_size:
-                raise ValueError(
-                    f"Prompt tokens must be whole numbers in [0, {self._vocab_size}), the model's "
-                    f"vocabulary, got {token!r}."
-                )
-        return [int(token) for token in prompt]
+    def _note_plan(self, plan: Plan) -> None:
+        now = self._clock()
+        for sequence in plan.preempted:
+            self._note(self._answers[sequence], "preempted", now)
+        for sequence in plan.admitted:
+            answer = self._answers[sequence]
+            self._note(answer, "admitted", now, reused=sequence.found)
+            if answer.timings.started is None:
+                answer.timings = dataclasses.replace(answer.timings, started=now)
+                self._by_model[sequence.model]["prompt"] += sequence.prompt_length
+                self._by_model[sequence.model]["reused"] += sequence.reused or 0
+        for chunk in plan.prefills:
+            answer = self._answers[chunk.sequence]
+            self._by_model[chunk.sequence.model]["prefill"] += chunk.count
+            self._note(answer, "prefill", now, start=chunk.start, tokens=chunk.count)
+
+    def _note(self, answer: Answer, event: str, time_s: float, **details: Any) -> None:
+        if self._timeline is not None:
+            self._timeline.note(*answer.sequence.id, event, time_s, **details)
 
 
-@functools.partial(jax.jit, static_argnames=("streams",), donate_argnames=("cache",))
-def _decode_and_sample(
-    model: Model,
-    cache: KVCache,
-    table: PageTable,
-    tokens: jax.Array,
-    sampling: SamplingBatch,
-    slots: jax.Array | None,
-    streams: int,
-) -> tuple[jax.Array, jax.Array, KVCache]:
-    """The next token of each row [B], whether its logits were not finite [B], and the cache."""
-    logits, cache = decode_step(model, cache, table, tokens[:, 0], slots, streams)
-    chosen, broken = sample(logits, sampling, table.length + 1)
-    return chosen, broken, cache
+def _pages_that_fit(base: Model, page_size: int) -> int:
+    """Pages of `page_size` tokens in what the base has left of its device's memory."""
+    page = jax.eval_shape(lambda: KVCache.zeros(base.config, 1, page_size, base.dtype))
+    page_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(page))
+    return pages_that_fit(page_bytes, jax.local_devices()[0].memory_stats())

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from jaxcodec.checkpoints.files import replacement
-from jaxcodec.serve.request import Request, RequestOutput, SamplingParams
+from jaxcodec.serve.request import Request, RequestOutput, SamplingParams, Structure
 
 _SAMPLING = {field.name for field in dataclasses.fields(SamplingParams)}
-_KEYS = {"model", "prompt", "id", *_SAMPLING}
+_REQUEST = {"id", "priority", "deadline_s", "tools"}
+_KEYS = {"model", "prompt", "messages", *_REQUEST, *_SAMPLING}
+_STRUCTURES = ("json_schema", "regex", "grammar", "tool_call")
 
 
 def read_requests(path: Path, default_model: str) -> list[tuple[int, Request | ValueError]]:
     """(line number, the request on it or what is wrong with it) of each line that is not blank.
 
-    A line is `{"prompt": text or token ids, "model": name, "id": text}` with the fields of
-    `SamplingParams` as further keys; all but the prompt may be left out.
+    A line is an object with "prompt" (text or token ids) or "messages" (a chat). All else may be
+    left out: "model", the other fields of `Request` and those of `SamplingParams`; "structured" is
+    `{"json_schema": schema}`, `{"regex": text}`, `{"grammar": text}` or `{"tool_call": tools}`.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -50,18 +53,55 @@ def parse_request(line: str, default_model: str) -> Request:
         raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
     if unknown := sorted(content.keys() - _KEYS):
         raise ValueError(f"unknown keys {unknown}; known are {sorted(_KEYS)}")
-    prompt = content.get("prompt")
-    is_tokens = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-    if not isinstance(prompt, str) and not is_tokens:
-        raise ValueError("'prompt' must be a text or a list of token ids")
     model, id = content.get("model", default_model), content.get("id")
     if not isinstance(model, str) or not isinstance(id, str | None):
         raise ValueError("'model' and 'id' must be texts")
+    prompt = _prompt(content)
     try:
-        sampling = SamplingParams(**{k: v for k, v in content.items() if k in _SAMPLING})
+        sampling = _sampling({k: v for k, v in content.items() if k in _SAMPLING})
+        own = {k: v for k, v in content.items() if k in _REQUEST}
+        return Request(model, prompt, sampling, **own)
     except TypeError as error:
-        raise ValueError(f"a sampling parameter has the wrong type: {error}") from None
-    return Request(model, prompt, sampling, id)
+        raise ValueError(f"a parameter has the wrong type: {error}") from None
+
+
+def _prompt(content: dict[str, Any]) -> str | list[Any]:
+    if ("prompt" in content) == ("messages" in content):
+        raise ValueError("give either 'prompt' or 'messages'")
+    for name in ("messages", "tools"):
+        value = content.get(name, [{}])
+        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+            raise ValueError(f"{name!r} must be a list of objects")
+    if "messages" in content:
+        return content["messages"]
+    prompt = content["prompt"]
+    is_tokens = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not isinstance(prompt, str) and not is_tokens:
+        raise ValueError("'prompt' must be a text or a list of token ids")
+    return prompt
+
+
+def _sampling(fields: dict[str, Any]) -> SamplingParams:
+    bias, structured = fields.get("logit_bias", {}), fields.get("structured")
+    if not isinstance(bias, dict) or not all(token.isdecimal() for token in bias):
+        raise ValueError("'logit_bias' must be an object whose keys are token ids")
+    fields["logit_bias"] = {int(token): value for token, value in bias.items()}
+    if structured is not None:
+        if not isinstance(structured, dict) or len(structured) != 1:
+            raise ValueError(f"'structured' must be an object with one of {list(_STRUCTURES)}")
+        [(kind, value)] = structured.items()
+        fields["structured"] = _structure(kind, value)
+    return SamplingParams(**fields)
+
+
+def _structure(kind: str, value: Any) -> Structure:
+    types = {"json_schema": dict, "tool_call": list}
+    if kind not in _STRUCTURES or not isinstance(value, types.get(kind, str)):
+        raise ValueError(
+            f"'structured' must hold one of {list(_STRUCTURES)}: an object, two texts and a list "
+            f"of tools; got {kind!r} with a {type(value).__name__}"
+        )
+    return getattr(Structure, kind)(value)
 
 
 def write_outputs(path: Path, outputs: Iterable[tuple[int, RequestOutput]]) -> None:
@@ -74,6 +114,9 @@ def write_outputs(path: Path, outputs: Iterable[tuple[int, RequestOutput]]) -> N
 
 def _as_json(number: int, output: RequestOutput) -> dict[str, Any]:
     fields = {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
-    timings = fields.pop("timings")
-    seconds = None if timings is None else {"ttft_s": timings.ttft, "latency_s": timings.latency}
-    return {"line": number, **fields, **(seconds or {})}
+    timings, logprobs = fields.pop("timings"), fields.pop("logprobs")
+    if timings is not None:
+        fields |= {"ttft_s": timings.ttft, "latency_s": timings.latency}
+    if logprobs is not None:
+        fields["logprobs"] = [token._asdict() for token in logprobs]
+    return {"line": number, **fields}

@@ -2,6 +2,31 @@
 
 from collections.abc import Iterable
 
+# Of the memory that is free once the weights are loaded, what the cache takes; the rest is for what
+# steps need while they run, which is most for a long prompt's chunk.
+MEMORY_SHARE = 0.8
+# Where a device does not tell its memory, as a CPU does not.
+DEFAULT_PAGES = 1024
+
+
+def pages_that_fit(page_bytes: int, memory: dict[str, int] | None) -> int:
+    """Pages of a cache in the memory that is free now.
+
+    Args:
+      page_bytes: of a page, keys and values of all layers.
+      memory: a device's `memory_stats()`, with "bytes_limit" and "bytes_in_use".
+
+    Raises:
+      MemoryError: not one fits.
+    """
+    if not memory or "bytes_limit" not in memory:
+        return DEFAULT_PAGES
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    pages = int(MEMORY_SHARE * free) // page_bytes
+    if pages < 1:
+        raise MemoryError(f"{free} bytes are free, a page of the cache takes {page_bytes}.")
+    return pages
+
 
 class PagePool:
     """The free list of a cache of `total` pages; whoever takes a page gives it back once."""

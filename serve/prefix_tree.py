@@ -1,41 +1,79 @@
-"""Pages whose contents are known, found again by their tokens: a radix tree, a page a digit.
+"""Pages whose contents are known, found again by what was written in them.
 
-A node is one full page of keys and values. The path to it spells the tokens before it, and its
-namespace the weights that wrote it: a content hash, never a model's name, so that all models that
-leave the writing to the same encoder find each other's pages.
+A page's name is a digest of its namespace, its tokens and those of all pages before it. The
+namespace is a content hash of the weights that wrote the page, never a model's name: all models
+that leave the writing to the same encoder find each other's pages. A node of the tree is one page,
+and a page is in the tree only while the page before it is, so that the longest known prefix is
+found by bisection over the names.
 """
 
+import bisect
+import hashlib
 import heapq
 import itertools
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator
+
+# Bytes of a page's name. Two pages of one name would be taken for the same: with 128 bits that is
+# less likely than a fault of the memory, whoever chooses the prompts.
+NAME_BYTES = 16
+
+
+class PageNames:
+    """The names of the full pages of a growing text, each worked out once.
+
+    Args:
+      namespace: of the weights that write it.
+      tokens: the text; whoever appends to it appends to the list.
+    """
+
+    def __init__(self, namespace: str, tokens: list[int], page_size: int):
+        self._names: list[bytes] = []
+        self._last = hashlib.sha256(namespace.encode()).digest()
+        self._tokens = tokens
+        self._page_size = page_size
+
+    def __getitem__(self, page: int) -> bytes:
+        return self.upto(page + 1)[page]
+
+    def upto(self, count: int) -> list[bytes]:
+        """At least the first `count` names; the text must have as many full pages."""
+        size = self._page_size
+        for page in range(len(self._names), count):
+            tokens = array("q", self._tokens[page * size : (page + 1) * size])
+            assert len(tokens) == size, "only full pages have names"
+            digest = hashlib.blake2b(self._last + tokens.tobytes(), digest_size=NAME_BYTES)
+            self._last = digest.digest()
+            self._names.append(self._last)
+        return self._names
 
 
 class Node:
-    """A page and the tokens in it.
+    """A page of the tree.
 
     Attributes:
-      key: the page's tokens; none for the root of a namespace.
-      page: its number in the cache; -1 for a root, which has none.
-      parent: the page before it; None for a root.
-      children: pages that follow, by their tokens.
+      name: its digest; empty for the root, which is no page.
+      page: its number in the cache; -1 for the root.
+      parent: the page before it; None for the root.
+      children: pages that follow it in the tree.
       depth: pages on the path, its own included.
       locks: requests that use it or a page below it.
       used: time of the last use, in the tree's own count.
     """
 
-    __slots__ = ("children", "depth", "key", "locks", "page", "parent", "used")
+    __slots__ = ("children", "depth", "locks", "name", "page", "parent", "used")
 
-    def __init__(self, key: tuple[int, ...], page: int, parent: "Node | None"):
-        self.key = key
+    def __init__(self, name: bytes, page: int, parent: "Node | None"):
+        self.name = name
         self.page = page
         self.parent = parent
-        self.children: dict[tuple[int, ...], Node] = {}
+        self.children = 0
         self.depth = 0 if parent is None else parent.depth + 1
         self.locks = 0
         self.used = 0
 
     def path(self) -> Iterator["Node"]:
-        """This node and those above it, the root of the namespace left out."""
+        """This node and those above it, the root left out."""
         node = self
         while node.parent is not None:
             yield node
@@ -47,52 +85,44 @@ class Node:
 
 
 class PrefixTree:
-    """Cached pages of all namespaces; those that no request uses go in order of last use."""
+    """Pages of all namespaces; those that no request uses go in order of last use, leaves first."""
 
-    def __init__(self, page_size: int):
-        self.page_size = page_size
-        self.size = 0  # pages in the tree
-        self.locked = 0  # of them, pages that a request uses
-        self._roots: dict[str, Node] = {}
+    def __init__(self):
+        self.root = Node(b"", -1, None)
+        self.locked = 0  # pages that a request uses
+        self._nodes: dict[bytes, Node] = {}
         # (used, number, node) of every node that was evictable when pushed; stale ones are
         # recognised when they come up.
         self._evictable: list[tuple[int, int, Node]] = []
         self._number = itertools.count()
         self._clock = 0
 
-    def match(self, namespace: str, tokens: Sequence[int]) -> Node:
-        """The deepest node whose path is a prefix of `tokens`; a root (depth 0) if none is."""
-        node = self._root(namespace)
-        self._clock += 1
-        for key in self._keys(tokens):
-            child = node.children.get(key)
-            if child is None:
-                break
-            node = child
-            self._touch(node)
-        return node
+    def __len__(self) -> int:
+        return len(self._nodes)
 
-    def insert(
-        self, namespace: str, tokens: Sequence[int], pages: Sequence[int]
-    ) -> tuple[Node, list[int]]:
-        """Hand over full pages: `pages[i]` holds tokens [i * page_size, (i + 1) * page_size).
+    def match(self, names: PageNames, most: int) -> Node:
+        """The deepest node among the first `most` names; the root if none is known."""
+        known = bisect.bisect_left(
+            range(most), True, key=lambda page: names[page] not in self._nodes
+        )
+        return self._nodes[names[known - 1]] if known else self.root
+
+    def insert(self, node: Node, names: Iterable[bytes], pages: Iterable[int]) -> tuple[Node, list]:
+        """Hand over full pages that follow `node`.
 
         Returns:
-          (the deepest node of the path, the pages of the caller that the tree did not take since
-          it holds the same tokens in another page). A page that the tree gave out is no duplicate
-          of itself.
+          (the deepest node of the path; the pages of the caller that the tree did not take, since
+          it has another page of that name).
         """
-        node, duplicates = self._root(namespace), []
-        self._clock += 1
-        for key, page in zip(self._keys(tokens), pages, strict=True):
-            child = node.children.get(key)
+        duplicates = []
+        for name, page in zip(names, pages, strict=True):
+            child = self._nodes.get(name)
             if child is None:
-                child = node.children[key] = Node(key, page, node)
-                self.size += 1
-            elif child.page != page:
+                child = self._nodes[name] = Node(name, page, node)
+                node.children += 1
+            else:
                 duplicates.append(page)
             node = child
-            self._touch(node)
         return node, duplicates
 
     def lock(self, node: Node) -> None:
@@ -101,35 +131,60 @@ class PrefixTree:
             self.locked += n.locks == 0
             n.locks += 1
 
+    def relock(self, old: Node, new: Node) -> None:
+        """Lock `new`, which lies below `old` or is it, in place of a lock of `old`."""
+        for n in new.path():
+            if n is old:
+                break
+            self.locked += n.locks == 0
+            n.locks += 1
+
     def unlock(self, node: Node) -> None:
-        """Undo one `lock` of the same node."""
+        """Undo one `lock` of the same node; its path counts as used now.
+
+        Raises:
+          ValueError: there is no lock to undo.
+        """
+        self._clock += 1
         for n in node.path():
             if n.locks == 0:
                 raise ValueError(f"Page {n.page} is unlocked more often than it was locked.")
             n.locks -= 1
+            n.used = self._clock
             self.locked -= n.locks == 0
         self._offer(node)
 
     @property
     def evictable(self) -> int:
         """Pages that `evict` can free: a page above a locked one is locked itself."""
-        return self.size - self.locked
+        return len(self) - self.locked
 
-    def evict(self, count: int) -> list[int]:
-        """Forget the `count` least recently used pages, or all that can go, leaves first."""
-        freed = []
-        while len(freed) < count and self._evictable:
+    def evict(self, count: int) -> list[Node]:
+        """Forget the `count` least recently used pages, or all that can go, leaves first.
+
+        Returns:
+          what were their nodes; the pages are the caller's.
+        """
+        evicted = []
+        while len(evicted) < count and self._evictable:
             used, _, node = heapq.heappop(self._evictable)
-            if node.used != used or not self._is_evictable(node):
-                continue
-            parent = node.parent
-            assert parent is not None  # roots are never evictable
-            del parent.children[node.key]
-            self.size -= 1
-            freed.append(node.page)
-            node.page = -1
-            self._offer(parent)
-        return freed
+            if self._current(used, node):
+                self._forget(node)
+                evicted.append(node)
+        return evicted
+
+    def forget(self, node: Node) -> list[int]:
+        """Forget `node` and the pages before it, as far as nobody uses them or follows them.
+
+        Returns:
+          the pages, which are the caller's.
+        """
+        pages = []
+        while node.parent is not None and self._is_evictable(node):
+            pages.append(node.page)
+            self._forget(node)
+            node = node.parent
+        return pages
 
     def check(self) -> None:
         """Recount everything.
@@ -137,38 +192,31 @@ class PrefixTree:
         Raises:
           AssertionError: counts, locks or pages do not agree: a fault of ours.
         """
-        nodes = list(self._walk())
-        assert len(nodes) == self.size, (len(nodes), self.size)
+        nodes = list(self._nodes.values())
         assert sum(n.locks > 0 for n in nodes) == self.locked
         assert len({n.page for n in nodes}) == len(nodes), "a page is in the tree twice"
+        assert all(self._nodes[n.name] is n and n.page >= 0 for n in nodes)
+        children: dict[int, list[Node]] = {}
         for n in nodes:
-            assert n.locks >= sum(child.locks for child in n.children.values())
-            assert n.used >= max((child.used for child in n.children.values()), default=0)
+            assert n.parent is not None
+            assert n.parent is self.root or self._nodes[n.parent.name] is n.parent, "no parent"
+            children.setdefault(id(n.parent), []).append(n)
+        for n in (self.root, *nodes):
+            below = children.get(id(n), [])
+            assert n.children == len(below)
+            assert n is self.root or n.locks >= sum(child.locks for child in below)
         offered = {id(n) for used, _, n in self._evictable if used == n.used}
         assert all(id(n) in offered for n in nodes if self._is_evictable(n))
 
     def pages(self) -> list[int]:
         """All pages in the tree."""
-        return [node.page for node in self._walk()]
+        return [node.page for node in self._nodes.values()]
 
-    def _walk(self) -> Iterator[Node]:
-        stack = [child for root in self._roots.values() for child in root.children.values()]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(node.children.values())
-
-    def _root(self, namespace: str) -> Node:
-        return self._roots.setdefault(namespace, Node((), -1, None))
-
-    def _keys(self, tokens: Sequence[int]) -> Iterator[tuple[int, ...]]:
-        size = self.page_size
-        for start in range(0, len(tokens) - size + 1, size):
-            yield tuple(tokens[start : start + size])
-
-    def _touch(self, node: Node) -> None:
-        node.used = self._clock
-        self._offer(node)
+    def _forget(self, node: Node) -> None:
+        assert node.parent is not None  # the root is never evictable
+        del self._nodes[node.name]
+        node.parent.children -= 1
+        self._offer(node.parent)
 
     def _offer(self, node: Node) -> None:
         """Note that a node can go, if it can."""
@@ -176,14 +224,13 @@ class PrefixTree:
             return
         heapq.heappush(self._evictable, (node.used, next(self._number), node))
         # Every use of a leaf leaves an outdated note; sweep them out before they pile up.
-        if len(self._evictable) > 2 * self.size + 64:
-            self._evictable = [e for e in self._evictable if self._current(e)]
+        if len(self._evictable) > 2 * len(self) + 64:
+            self._evictable = [e for e in self._evictable if self._current(e[0], e[2])]
             heapq.heapify(self._evictable)
 
-    def _current(self, entry: tuple[int, int, Node]) -> bool:
-        used, _, node = entry
-        return used == node.used and self._is_evictable(node)
+    def _current(self, used: int, node: Node) -> bool:
+        return used == node.used and self._nodes.get(node.name) is node and self._is_evictable(node)
 
     @staticmethod
     def _is_evictable(node: Node) -> bool:
-        return node.page >= 0 and not node.children and node.locks == 0
+        return node.parent is not None and not node.children and node.locks == 0

@@ -1,156 +1,136 @@
-"""Who runs in the next step: first come, first served, as far as rows and pages go.
+"""Who runs in the next step, on which pages.
 
-Plain Python over token ids and page numbers. Between two steps every page is in one place: free,
-private to one running sequence, or in the prefix tree, where running sequences may lock it.
+Plain Python over token ids and page numbers. Every page is in one place: free, private to one
+running sequence, or in the prefix tree, where running sequences may lock it. A plan is made before
+the results of the plan before it are known: the device does things in the order of the plans, so a
+page may be found, or given to somebody else, as soon as the launch that writes it has been planned.
 """
 
+import bisect
 import collections
-import dataclasses
+import itertools
 
+from jaxcodec.serve.adapters import AdapterSlots
+from jaxcodec.serve.host_pages import HostNames
 from jaxcodec.serve.pages import PagePool
+from jaxcodec.serve.plan import NO_ROW, PageCounts, Plan, Prefill, Sequence
 from jaxcodec.serve.prefix_tree import Node, PrefixTree
 
-
-@dataclasses.dataclass(eq=False)
-class Sequence:
-    """The tokens of one request, and where their keys and values are.
-
-    Attributes:
-      id: the request's.
-      namespace: of the weights that write its prompt.
-      tokens: prompt and response so far.
-      prompt_length: how many of them are prompt.
-      shares_response: the same namespace also writes the response, so that its pages can be found.
-      cached: tokens whose keys and values are in the cache, from the first on.
-      pages: pages of the tokens from the first on: those of `node`'s path, then its own.
-      node: the deepest page of the prefix tree that it has locked; None while it waits.
-      reused: tokens found in the tree when it first started; None before.
-    """
-
-    id: str
-    namespace: str
-    tokens: list[int]
-    prompt_length: int
-    shares_response: bool
-    cached: int = 0
-    pages: list[int] = dataclasses.field(default_factory=list)
-    node: Node | None = None
-    reused: int | None = None
-
-    @property
-    def shareable(self) -> int:
-        """Tokens, from the first on, that its namespace writes: all, or the prompt's but the last.
-
-        The prompt's last token is the first that the response's writer sees.
-        """
-        return len(self.tokens) if self.shares_response else self.prompt_length - 1
-
-    @property
-    def to_prefill(self) -> int:
-        """Tokens to write before the last one can be decoded."""
-        return len(self.tokens) - 1 - self.cached
-
-
-@dataclasses.dataclass(frozen=True)
-class Prefill:
-    """`count` tokens of a sequence to write from position `start` on.
-
-    Attributes:
-      by_prompt_writer: whether the weights that write the prompt do so, or those that write the
-        response (which happens only when a sequence comes back after preemption).
-    """
-
-    sequence: Sequence
-    start: int
-    count: int
-    by_prompt_writer: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """One step: first the prefills, in order, then one token of each sequence in `decodes`."""
-
-    prefills: list[Prefill]
-    decodes: list[Sequence]
-
-
-@dataclasses.dataclass(frozen=True)
-class PageCounts:
-    """Pages by state; free + held + cached = total.
-
-    Attributes:
-      total: pages of the cache.
-      free: pages with nothing in them.
-      held: pages that running sequences use, each counted once.
-      cached: pages of the prefix tree that nobody uses now.
-      peak: most pages that were not free at any time.
-    """
-
-    total: int
-    free: int
-    held: int
-    cached: int
-    peak: int
+# How far a request with a longer known prefix may jump the queue, and how often one may be jumped
+# over: large enough to let turns of the same conversations meet their pages, small enough that
+# whoever is first waits for that many admissions at most.
+WINDOW = 32
 
 
 class Scheduler:
-    """Continuous batching over one page pool and one prefix tree.
+    """Continuous batching under a token budget, over one page pool and one prefix tree.
 
     Args:
       pages: pages of the cache.
       page_size: tokens in a page.
-      context: most tokens of one sequence; at most what the pages hold.
       max_batch: most sequences that run at once.
-      max_prefill_tokens: most tokens prefilled in one step; a longer prompt takes several.
+      step_tokens: most tokens computed in one step: one for each sequence that decodes, the rest
+        for prompts. A longer prompt takes several steps.
+      decode_steps: most tokens a sequence that one plan adds, when nothing waits.
+      adapters: where adapters are.
+      host_pages: most pages that are kept in host memory when the prefix tree gives them up.
     """
 
     def __init__(
-        self, pages: int, page_size: int, context: int, max_batch: int, max_prefill_tokens: int
+        self,
+        pages: int,
+        page_size: int,
+        max_batch: int,
+        step_tokens: int,
+        decode_steps: int = 1,
+        adapters: AdapterSlots | None = None,
+        host_pages: int = 0,
     ):
-        if context > pages * page_size:
-            raise ValueError(f"{pages} pages of {page_size} hold no context of {context} tokens.")
-        if min(max_batch, max_prefill_tokens) < 1:
-            raise ValueError("max_batch and max_prefill_tokens must be at least 1.")
+        if min(max_batch, decode_steps, page_size) < 1:
+            raise ValueError("max_batch, decode_steps and page_size must be at least 1.")
+        if step_tokens < max_batch + 2:  # a token of a prompt, and one that follows it
+            raise ValueError(
+                f"step_tokens = {step_tokens} leaves no room for prompts beside max_batch = "
+                f"{max_batch} sequences that decode; make it larger."
+            )
         self.page_size = page_size
-        self.context = context
         self.max_batch = max_batch
-        self.max_prefill_tokens = max_prefill_tokens
+        self.step_tokens = step_tokens
+        self.decode_steps = decode_steps
+        self.adapters = adapters or AdapterSlots(2)
         self.pool = PagePool(pages)
-        self.tree = PrefixTree(page_size)
-        self.waiting: collections.deque[Sequence] = collections.deque()
+        self.tree = PrefixTree()
+        self.host = HostNames(host_pages)
+        self.waiting: list[Sequence] = []  # by `order`
         self.running: list[Sequence] = []  # in order of admission
-        self.preemptions = 0
+        self.preempted: collections.Counter[str] = collections.Counter()  # by model
+        self.evictions = 0
         self.peak = 0
+        self._rows = list(range(max_batch - 1, -1, -1))
+        self._numbers = itertools.count()
+        self._virtual = 0.0
+        self._shares: dict[str, float] = collections.defaultdict(float)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
-        self.waiting.append(sequence)
+        """Queue a sequence: behind those of its own model, fairly among those of other models.
 
-    def plan(self) -> Plan:
-        """Decide the next step; every sequence in it has the pages that it will write."""
-        # Whoever was just pushed out must not take the freed pages back in the same breath.
-        may_admit = not self._grow()
-        budget, prefills = self.max_prefill_tokens, []
+        Start-time fair queueing (Goyal, Vin, Cheng 1996): each sequence starts, in a time that
+        counts tokens, when the one before it of the same model would have come to its limit, or at
+        the present if that is later.
+        """
+        if sequence.limit > self.pool.total * self.page_size + 1:
+            raise ValueError(
+                f"{self.pool.total} pages of {self.page_size} hold no {sequence.limit} tokens."
+            )
+        start = max(self._virtual, self._shares[sequence.model])
+        self._shares[sequence.model] = start + sequence.limit
+        sequence.order = (sequence.priority, start, next(self._numbers))
+        self._enqueue(sequence)
+
+    def plan(self, settled: bool = True) -> Plan | None:
+        """Decide the next step; every sequence in it has the pages that it will write.
+
+        Args:
+          settled: the results of all plans are known.
+
+        Returns:
+          None if not settled, and somebody has to be pushed out: first tell the results, which may
+          make that unnecessary.
+        """
+        preempted, admitted, loads, prefills = [], [], [], []
+        steps = 0
+        if self._yield_to_priority(settled, preempted):
+            steps = self._grow(settled, preempted)
+        if not steps:
+            return None
+        # A token for each that decodes, one more for each whose prompt may be done in this step.
+        budget = self.step_tokens - sum(s.to_decode > 0 for s in self.running)
         for sequence in self.running:
-            budget -= self._prefill(sequence, budget, prefills)
-        while may_admit and budget > 0 and self._admit():
-            budget -= self._prefill(self.running[-1], budget, prefills)
+            if sequence.to_prefill and budget > 1:
+                budget -= 1 + self._prefill(sequence, budget - 1, prefills)
+        # Whoever was just pushed out must not take the freed pages back in the same breath.
+        while not preempted and budget > 1 and (sequence := self._admit(loads)):
+            admitted.append(sequence)
+            budget -= 1 + self._prefill(sequence, budget - 1, prefills)
+        decodes = [(s, min(steps, s.to_decode)) for s in self.running if s.to_decode > 0]
+        for sequence, count in decodes:
+            sequence.pending += count
         self.peak = max(self.peak, self.pool.total - self.pool.free)
-        planned = {id(p.sequence): p.count for p in prefills}
-        decodes = [s for s in self.running if s.to_prefill == planned.get(id(s), 0)]
-        return Plan(prefills, decodes)
+        return Plan(preempted, admitted, self.host.copies(), loads, prefills, decodes)
 
-    def prefilled(self, prefill: Prefill) -> None:
-        """Note that a prefill of the plan has been run; a whole prompt becomes findable."""
-        sequence = prefill.sequence
-        sequence.cached += prefill.count
-        if sequence.to_prefill == 0:
-            self._share(sequence)
+    @property
+    def preemptions(self) -> int:
+        """Times that a sequence was pushed out."""
+        return self.preempted.total()
 
-    def decoded(self, sequence: Sequence, token: int) -> None:
-        """Note that a sequence's last token has been written, and `token` follows it."""
-        sequence.cached += 1
-        sequence.tokens.append(token)
+    def decoded(self, sequence: Sequence, count: int, planned: int) -> None:
+        """Tell that a running sequence has grown by `count` tokens, which follow its others now.
+
+        Args:
+          planned: as the plan said; `count` is less only if the sequence ends here.
+        """
+        sequence.cached += count
+        sequence.pending -= planned
 
     def remove(self, sequence: Sequence, share: bool = True) -> None:
         """Take a sequence out, wherever it is; all its pages become free or findable.
@@ -159,19 +139,39 @@ class Scheduler:
           share: leave its full pages in the prefix tree; False for contents not to be trusted.
         """
         if sequence.node is None:
-            self.waiting.remove(sequence)
+            del self.waiting[self._place_of(sequence)]
             return
         if share:
             self._share(sequence)
+        node = sequence.node
         self._release(sequence)
+        if not share:
+            self.pool.give_back(self.tree.forget(node))
 
     def counts(self) -> PageCounts:
         """Pages by state, now."""
         private = sum(len(s.pages) - s.node.depth for s in self.running if s.node is not None)
         held = private + self.tree.locked
         return PageCounts(
-            self.pool.total, self.pool.free, held, self.tree.evictable, max(self.peak, held)
+            self.pool.total,
+            self.pool.free,
+            held,
+            self.tree.evictable,
+            max(self.peak, held),
+            len(self.host),
         )
+
+    def check_idle(self) -> None:
+        """Verify that nothing is held when nothing runs or waits; takes no time to speak of.
+
+        Raises:
+          AssertionError: a page, row or slot has leaked: a fault of ours.
+        """
+        assert len(self.running) + len(self.waiting) == 0, "not idle"
+        assert self.tree.locked == 0, f"{self.tree.locked} pages are locked by nobody"
+        assert self.pool.free + len(self.tree) == self.pool.total, "a page has leaked"
+        assert len(self._rows) == self.max_batch, "a row has leaked"
+        assert self.adapters.users == 0, "an adapter's slot has leaked"
 
     def check(self) -> None:
         """Verify that every page is in exactly one place.
@@ -180,53 +180,77 @@ class Scheduler:
           AssertionError: one is lost, or in two places: a fault of ours.
         """
         self.tree.check()
-        shared = self.tree.pages()
         private = []
         for s in self.running:
             assert s.node is not None
             assert s.pages[: s.node.depth] == s.node.pages(), f"{s.id} reads pages not its own"
             private += s.pages[s.node.depth :]
-        taken = shared + private
+        taken = self.tree.pages() + private
         assert len(set(taken)) == len(taken), "a page is in two places"
         assert self.pool.free + len(taken) == self.pool.total, "a page is lost"
         counts = self.counts()
         assert counts.free + counts.held + counts.cached == counts.total
+        rows = [*self._rows, *(s.row for s in self.running)]
+        assert sorted(rows) == list(range(self.max_batch)), "a row is lost"
+        assert self.adapters.users == sum(s.adapter is not None for s in self.running)
+        assert [s.order for s in self.waiting] == sorted(s.order for s in self.waiting)
 
-    def _grow(self) -> bool:
-        """Give every running sequence pages for its tokens; True if that pushed others out."""
-        before = self.preemptions
+    # Who goes on
+
+    def _yield_to_priority(self, settled: bool, preempted: list[Sequence]) -> bool:
+        """Push the last of the least urgent out, if a more urgent one waits and has no room."""
+        if not self.waiting or not self.running:
+            return True
+        head, victim = self.waiting[0], self._victim()
+        if head.priority >= victim.priority:
+            return True
+        room = self.pool.free + self.tree.evictable >= self._pages_wanted(head)
+        if self._rows and room and self.adapters.can_acquire(head.adapter):
+            return True
+        if settled:
+            preempted.append(self._preempt(victim))
+        return settled
+
+    def _grow(self, settled: bool, preempted: list[Sequence]) -> int:
+        """Give sequences that decode the pages for it; returns the tokens to add to each.
+
+        Whoever finds no pages has the least urgent one pushed out, itself perhaps. Returns 0 where
+        that would have to happen, but is not settled.
+        """
+        idle = not self.waiting and not any(s.to_prefill or s.needs_host for s in self.running)
+        steps = self.decode_steps if idle else 1
+        if steps > 1:
+            short = sum(self._short_of(s, steps) for s in self.running)
+            if short > self.pool.free + self.tree.evictable:
+                steps = 1
         for sequence in list(self.running):
-            while sequence.node and len(sequence.pages) < self._pages_for(len(sequence.tokens)):
-                if self._make_room(1):
-                    sequence.pages += self.pool.take(1)
+            while sequence.node and (short := self._short_of(sequence, steps)):
+                if self._make_room(short):
+                    sequence.pages += self.pool.take(short)
+                    sequence.moved = True
+                elif settled:
+                    preempted.append(self._preempt(self._victim()))
                 else:
-                    self._preempt(self.running[-1])
-        return self.preemptions > before
+                    return 0
+        return steps
 
-    def _admit(self) -> bool:
-        """Start the sequence that has waited longest, if a row and pages are free for it."""
-        if not self.waiting or len(self.running) == self.max_batch:
-            return False
-        sequence = self.waiting[0]
-        length = len(sequence.tokens)
-        findable = min(sequence.shareable, length - 1)
-        node = self.tree.match(sequence.namespace, sequence.tokens[:findable])
-        self.tree.lock(node)
-        # A page more than the tokens need, lest the next step push it out again.
-        wanted = self._pages_for(min(length + self.page_size, self.context))
-        if not self._make_room(wanted - node.depth):
-            self.tree.unlock(node)
-            return False
-        sequence.node = node
-        sequence.pages = node.pages() + self.pool.take(self._pages_for(length) - node.depth)
-        sequence.cached = node.depth * self.page_size
-        if sequence.reused is None:
-            sequence.reused = sequence.cached
-        self.running.append(self.waiting.popleft())
-        return True
+    def _short_of(self, sequence: Sequence, steps: int) -> int:
+        """Pages that it lacks to add so many tokens."""
+        count = min(steps, sequence.to_decode)
+        if count <= 0:
+            return 0
+        end = sequence.cached + sequence.pending + count
+        return max(0, self._pages_for(end) - len(sequence.pages))
+
+    def _victim(self) -> Sequence:
+        """Who is pushed out first: the last admitted of the least urgent."""
+        return max(reversed(self.running), key=lambda s: s.priority)
 
     def _prefill(self, sequence: Sequence, budget: int, prefills: list[Prefill]) -> int:
-        """Plan a chunk of a sequence that is not wholly cached; returns its tokens."""
+        """Plan a chunk of a sequence that is not wholly cached; returns its tokens.
+
+        Its full pages can be found from now on.
+        """
         start, end = sequence.cached, len(sequence.tokens) - 1
         boundary = sequence.prompt_length - 1
         by_prompt_writer = start < boundary
@@ -235,7 +259,92 @@ class Scheduler:
         count = min(end - start, budget)
         if count > 0:
             prefills.append(Prefill(sequence, start, count, by_prompt_writer))
+            sequence.cached += count
+            self._share(sequence)
         return count
+
+    # Who comes in
+
+    def _admit(self, loads: list[tuple[str, int]]) -> Sequence | None:
+        """Start a sequence that waits, if a row, a slot and pages are free for it."""
+        if not self.waiting or not self._rows:
+            return None
+        candidates = self._candidates()
+        overdue = [c for c in candidates if c[0].overtaken >= WINDOW][:1]
+        ready = [c for c in overdue or candidates if self.adapters.can_acquire(c[0].adapter)]
+        if not ready:
+            return None
+        sequence, node = max(ready, key=lambda c: c[1].depth)  # the first of the longest
+        self.tree.lock(node)
+        if not self._make_room(self._pages_wanted(sequence) - node.depth):
+            self.tree.unlock(node)
+            return None
+        for overtaken, _ in itertools.takewhile(lambda c: c[0] is not sequence, candidates):
+            overtaken.overtaken += 1
+        del self.waiting[self._place_of(sequence)]
+        self._start(sequence, node, loads)
+        return sequence
+
+    def _candidates(self) -> list[tuple[Sequence, Node]]:
+        """Who may be next, in order, each with the page to which its prefix is known.
+
+        Left out are those whose next page a running sequence is about to compute: it is computed
+        once, and found.
+        """
+        coming = {
+            s.names[s.node.depth]
+            for s in self.running
+            if s.to_prefill and s.node and s.node.depth < self._findable(s)
+        }
+        found = []
+        for s in itertools.islice(self.waiting, WINDOW):
+            if s.priority != self.waiting[0].priority:
+                break
+            most = self._findable(s)
+            node = self.tree.match(s.names, most)
+            if node.depth == most or s.names[node.depth] not in coming:
+                found.append((s, node))
+        return found
+
+    def _start(self, sequence: Sequence, node: Node, loads: list[tuple[str, int]]) -> None:
+        own = self._pages_for(len(sequence.tokens)) - node.depth
+        sequence.node = node
+        sequence.pages, sequence.moved = node.pages() + self.pool.take(own), True
+        known = self._restore(sequence, node.depth)
+        sequence.cached = sequence.found = known * self.page_size
+        self._share(sequence)
+        if sequence.reused is None:
+            sequence.reused = sequence.found
+        sequence.row = self._rows.pop()
+        sequence.slot, is_new = self.adapters.acquire(sequence.adapter)
+        if is_new and sequence.adapter is not None:
+            loads.append((sequence.adapter, sequence.slot))
+        self._virtual = max(self._virtual, sequence.order[1])
+        self.running.append(sequence)
+
+    def _restore(self, sequence: Sequence, known: int) -> int:
+        """Bring back pages that follow the `known` first and are in host memory.
+
+        Returns:
+          how many are known then.
+        """
+        most = self._findable(sequence)
+        while known < most and (name := sequence.names[known]) in self.host:
+            self.host.restore(name, sequence.pages[known])
+            known += 1
+        return known
+
+    def _findable(self, sequence: Sequence) -> int:
+        """Full pages of a sequence that may be in the tree and of use to it."""
+        return min(sequence.shareable, len(sequence.tokens) - 1) // self.page_size
+
+    def _pages_wanted(self, sequence: Sequence) -> int:
+        """Pages to start with, of which the tree may have some: those of its tokens and one more,
+        lest the next step push it out again."""
+        length = len(sequence.tokens)
+        return self._pages_for(min(length + self.page_size, sequence.limit - 1))
+
+    # Pages
 
     def _make_room(self, count: int) -> bool:
         """Have `count` free pages, if evicting cached ones can do it; else evict none."""
@@ -243,37 +352,53 @@ class Scheduler:
         if short > self.tree.evictable:
             return False
         if short > 0:
-            self.pool.give_back(self.tree.evict(short))
+            for node in self.tree.evict(short):
+                self.host.keep(node.name, node.page)
+                self.pool.give_back([node.page])
+            self.evictions += short
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        """Push a sequence out, to the front of the queue; it computes its pages again, where the
-        prefix tree has lost them."""
+    def _preempt(self, sequence: Sequence) -> Sequence:
+        """Push a sequence out, to its old place in the queue; it computes its pages again, where
+        the prefix tree has lost them."""
+        assert sequence.pending == 0, "who is pushed out must be settled"
         self._share(sequence)
         self._release(sequence)
-        self.waiting.appendleft(sequence)
-        self.preemptions += 1
+        self._enqueue(sequence)
+        self.preempted[sequence.model] += 1
+        return sequence
 
     def _share(self, sequence: Sequence) -> None:
         """Hand the full pages of a running sequence to the tree; it keeps using them."""
-        assert sequence.node is not None
+        old = sequence.node
+        assert old is not None
         full = min(sequence.cached, sequence.shareable) // self.page_size
-        if full <= sequence.node.depth:
+        if full <= old.depth:
             return
-        tokens = sequence.tokens[: full * self.page_size]
-        node, duplicates = self.tree.insert(sequence.namespace, tokens, sequence.pages[:full])
-        self.tree.lock(node)
-        self.tree.unlock(sequence.node)
+        node, duplicates = self.tree.insert(
+            old, sequence.names.upto(full)[old.depth : full], sequence.pages[old.depth : full]
+        )
+        self.tree.relock(old, node)
         sequence.node = node
-        sequence.pages[:full] = node.pages()
-        self.pool.give_back(duplicates)
+        if duplicates:
+            sequence.pages[:full], sequence.moved = node.pages(), True
+            self.pool.give_back(duplicates)
 
     def _release(self, sequence: Sequence) -> None:
         assert sequence.node is not None
         self.pool.give_back(sequence.pages[sequence.node.depth :])
         self.tree.unlock(sequence.node)
+        self.adapters.release(sequence.adapter)
+        self._rows.append(sequence.row)
         self.running.remove(sequence)
-        sequence.node, sequence.pages, sequence.cached = None, [], 0
+        sequence.node, sequence.row, sequence.pages = None, NO_ROW, []
+        sequence.cached = sequence.pending = 0
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        bisect.insort(self.waiting, sequence, key=lambda s: s.order)
+
+    def _place_of(self, sequence: Sequence) -> int:
+        return bisect.bisect_left(self.waiting, sequence.order, key=lambda s: s.order)
 
     def _pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_size)

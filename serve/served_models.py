@@ -1,15 +1,43 @@
 """The models that an engine serves: names, weights, adapters, and who writes whose cache."""
 
+import collections
 import dataclasses
-from typing import NamedTuple
+import hashlib
+from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.load import namespace
-from jaxcodec.models.lora import Adapter, check_icarus
+from jaxcodec.models.lora import (
+    ALL_TARGETS,
+    Adapter,
+    bank_positions,
+    check_icarus,
+    slot_values,
+    with_bank,
+    write_slot,
+)
 from jaxcodec.models.scheme import ICARUS, Scheme
 from jaxcodec.models.transformer import Model
-from jaxcodec.serve.adapters import AdapterSlots, adapted_namespace
+from jaxcodec.serve.adapters import AdapterSlots
+from jaxcodec.serve.step_program import Layout, ModelTree
 
-BASE = ""  # key of the base's weights; those of other full models go by the models' names
+BASE = ""  # key of the base's weights; those of other full models go by their namespaces
+# Eight adapters beside the zero adapter, of the rank that most are trained with: a percent or two
+# of the base's memory.
+DEFAULT_BANK = AdapterBank(slots=9, rank=16, targets=ALL_TARGETS)
+
+
+def bank_for(adapters: Sequence[Adapter]) -> AdapterBank:
+    """A bank for these adapters: of the largest rank among them, with as many slots as there are,
+    at most those of `DEFAULT_BANK`."""
+    targets = {target for adapter in adapters for target in adapter.targets}
+    return AdapterBank(
+        slots=min(len(adapters) + 1, DEFAULT_BANK.slots),
+        rank=max(adapter.rank for adapter in adapters),
+        targets=tuple(target for target in ALL_TARGETS if target in targets),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +47,8 @@ class ServedModel:
     Attributes:
       name: unique in the engine.
       scheme: who writes its prompts and responses.
-      weights: whose weights answer: `BASE`, or its own name.
-      slot: its adapter on the base; 0 for none.
+      weights: whose weights answer: `BASE`, or the namespace of its own.
+      adapter: key of its adapter on the base, the content; None for none.
       namespace: of the pages of its prompts, by the content of the weights that write them.
       eos_ids: tokens that end its responses.
     """
@@ -28,7 +56,7 @@ class ServedModel:
     name: str
     scheme: Scheme
     weights: str
-    slot: int
+    adapter: str | None
     namespace: str
     eos_ids: tuple[int, ...]
 
@@ -37,12 +65,34 @@ class ServedModel:
         """Whether one namespace writes prompt and response."""
         return self.scheme.prompt_writer == self.scheme.response_writer
 
+    @property
+    def adapted_writer(self) -> bool:
+        """Whether its adapter writes its responses."""
+        return self.adapter is not None and self.scheme.response_writer == "self"
 
-class Lane(NamedTuple):
-    """Rows that one device call can take together: the same weights, as many streams."""
 
-    weights: str
-    streams: int
+class Weights:
+    """A model as the step programs take it.
+
+    Attributes:
+      tree: how the leaves make the model.
+      leaves: its arrays.
+    """
+
+    def __init__(self, model: Model):
+        self.tree, self.leaves = ModelTree.of(model)
+        self._bank = bank_positions(model)
+
+    @property
+    def model(self) -> Model:
+        """The model."""
+        return self.tree.model(self.leaves)
+
+    def load(self, values: Sequence[np.ndarray], slot: int) -> None:
+        """Put an adapter, as `slot_values` gives it, into a slot."""
+        old = [self.leaves[i] for i in self._bank]
+        for i, leaf in zip(self._bank, write_slot(old, list(values), np.int32(slot)), strict=True):
+            self.leaves[i] = leaf
 
 
 class ServedModels:
@@ -51,38 +101,27 @@ class ServedModels:
     Args:
       base: the model that all share.
       name: under which it is served itself, with the zero adapter.
+      bank: room for adapters on the base; it is made when the first is added.
       share_prefixes: False keeps the pages of each model to itself.
     """
 
-    def __init__(self, base: Model, name: str, share_prefixes: bool):
-        self._base = AdapterSlots(base)
-        self._full: dict[str, Model] = {}
+    def __init__(self, base: Model, name: str, bank: AdapterBank, share_prefixes: bool):
+        self.slots = AdapterSlots(bank.slots)
+        self._bank = bank
+        self._weights = {BASE: Weights(base if base.bank is None else with_bank(base, None))}
+        self._adapters: dict[str, list[np.ndarray]] = {}
+        self._users: collections.Counter[str] = collections.Counter()
+        self._config, self._dtype = base.config, base.dtype
         self._namespace = namespace(base)
         self._share_prefixes = share_prefixes
         self._by_name: dict[str, ServedModel] = {}
         self._two_streams = False
-        self._register(name, ICARUS, BASE, 0, self._namespace)
+        self._register(name, ICARUS, BASE, None, self._namespace, base)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names that requests can ask for."""
         return tuple(self._by_name)
-
-    @property
-    def lanes(self) -> list[Lane]:
-        """Every lane that a request can decode in."""
-        return sorted({self.lane(model) for model in self._by_name.values()})
-
-    @property
-    def writers(self) -> list[tuple[str, bool]]:
-        """Every writer: whose weights, and whether with adapters."""
-        return sorted(
-            {
-                self.writer(model, by_prompt_writer)
-                for model in self._by_name.values()
-                for by_prompt_writer in (True, False)
-            }
-        )
 
     def find(self, name: str) -> ServedModel:
         """The model of that name.
@@ -94,23 +133,46 @@ class ServedModels:
             raise ValueError(f"No model is served as {name!r}; there are {', '.join(self.names)}.")
         return self._by_name[name]
 
-    def weights(self, key: str) -> Model:
+    def weights(self, key: str) -> Weights:
         """The weights that `ServedModel.weights` stands for."""
-        return self._base.model if key == BASE else self._full[key]
+        return self._weights[key]
 
-    def lane(self, model: ServedModel) -> Lane:
-        """Where a model's rows decode.
+    @property
+    def all_weights(self) -> tuple[str, ...]:
+        """Keys of all weights."""
+        return tuple(self._weights)
+
+    def layout(self, models: Iterable[ServedModel]) -> Layout:
+        """What models of the same weights need when they decode together.
 
         The base goes with the icarus models. While there are none it has one stream: its encoder
         and its decoder are the same.
         """
-        return Lane(model.weights, 2 if self._two_streams and model.scheme == ICARUS else 1)
+        if not self._two_streams:
+            return Layout()
+        writes = {model.adapted_writer for model in models if model.weights == BASE}
+        two_streams = False in writes
+        return Layout(two_streams, two_streams and True in writes)
+
+    def layouts(self, key: str) -> list[Layout]:
+        """Every layout in which requests to the models of some weights can decode."""
+        models = [model for model in self._by_name.values() if model.weights == key]
+        writing = [model for model in models if model.adapted_writer]
+        sharing = [model for model in models if not model.adapted_writer]
+        possible = {self.layout(some) for some in (models, writing, sharing) if some}
+        return sorted(possible, key=dataclasses.astuple)
 
     def writer(self, model: ServedModel, by_prompt_writer: bool) -> tuple[str, bool]:
         """Whose weights write a model's prompt, or else its response, and whether adapted."""
         scheme = model.scheme
         writer = scheme.prompt_writer if by_prompt_writer else scheme.response_writer
-        return (BASE, False) if writer == "base" else (model.weights, model.slot > 0)
+        return (BASE, False) if writer == "base" else (model.weights, model.adapter is not None)
+
+    @property
+    def writers(self) -> list[tuple[str, bool]]:
+        """Every writer: whose weights, and whether with adapters."""
+        models = self._by_name.values()
+        return sorted({self.writer(model, prompt) for model in models for prompt in (True, False)})
 
     def add(
         self,
@@ -126,33 +188,97 @@ class ServedModels:
             if scheme == ICARUS:
                 check_icarus(adapter)
             own = adapted_namespace(self._namespace, adapter)
-            weights, slot = BASE, self._base.add(adapter)
+            base = self._with_adapter(own, adapter)
+            weights, key, answering = BASE, own, base
         elif model is not None and adapter is None:
             self._check_full(name, scheme, model)
             own = namespace(model)
-            weights, slot = name, 0
-            self._full[name] = model
+            self._weights.setdefault(own, Weights(model))
+            weights, key, answering = own, None, model
         else:
             raise ValueError(f"{name}: give an adapter or a model, and not both.")
         written_by = self._namespace if scheme.prompt_writer == "base" else own
-        self._register(name, scheme, weights, slot, written_by)
+        self._register(name, scheme, weights, key, written_by, answering)
 
-    def _register(self, name: str, scheme: Scheme, weights: str, slot: int, writer: str) -> None:
+    def remove(self, name: str) -> None:
+        """See `Engine.remove_model`."""
+        model = self.find(name)
+        if model.weights == BASE and model.adapter is None:
+            raise ValueError(f"{name} is the base: all other models need it.")
+        del self._by_name[name]
+        self.release(model)
+
+    def hold(self, model: ServedModel) -> None:
+        """Keep what a model runs on until it is released."""
+        self._users[model.adapter or model.weights] += 1
+
+    def release(self, model: ServedModel) -> None:
+        """Undo one `hold`; the last one lets go of weights or adapter."""
+        key = model.adapter or model.weights
+        self._users[key] -= 1
+        if self._users[key] == 0:
+            del self._users[key]
+            if model.adapter is None:
+                del self._weights[key]
+            else:
+                self.slots.drop(key)
+                del self._adapters[key]
+
+    def load(self, adapter: str, slot: int) -> None:
+        """Put an adapter into a slot of the bank, after all that was launched before."""
+        self._weights[BASE].load(self._adapters[adapter], slot)
+
+    def load_nothing(self) -> None:
+        """Write the zero adapter into its slot again, for that to be compiled."""
+        base = self._weights[BASE]
+        if (model := base.model).bank is not None:
+            base.load(slot_values(model, None), 0)
+
+    def _with_adapter(self, key: str, adapter: Adapter) -> Model:
+        """The base with room for adapters, once this one is known to fit."""
+        base = self._weights[BASE].model
+        banked = base if base.bank is not None else with_bank(base, self._bank)
+        values = slot_values(banked, adapter)
+        if base.bank is None:
+            self._weights[BASE] = Weights(banked)
+        self._adapters.setdefault(key, values)
+        return banked
+
+    def _register(
+        self,
+        name: str,
+        scheme: Scheme,
+        weights: str,
+        adapter: str | None,
+        writer: str,
+        answering: Model,
+    ) -> None:
         pages_of = writer if self._share_prefixes else f"{writer} {name}"
-        eos_ids = self.weights(weights).config.eos_ids
-        self._two_streams |= scheme == ICARUS and slot > 0
-        self._by_name[name] = ServedModel(name, scheme, weights, slot, pages_of, eos_ids)
+        self._two_streams |= scheme == ICARUS and adapter is not None
+        served = ServedModel(name, scheme, weights, adapter, pages_of, answering.config.eos_ids)
+        self._by_name[name] = served
+        self.hold(served)
 
     def _check_full(self, name: str, scheme: Scheme, model: Model) -> None:
         if scheme == ICARUS:
             raise ValueError(f"{name}: an icarus model is an adapter on the base, not a model.")
-        base = self._base.model
-        for field in dataclasses.fields(base.config):
-            ours, theirs = (getattr(m.config, field.name) for m in (base, model))
+        for field in dataclasses.fields(self._config):
+            ours, theirs = (getattr(c, field.name) for c in (self._config, model.config))
             if field.name not in ("bos_id", "eos_ids") and ours != theirs:
                 raise ValueError(
                     f"{name} shares the base's cache, so its config must be the base's, "
                     f"but its {field.name} is {theirs!r}, not {ours!r}."
                 )
-        if model.dtype != base.dtype:
-            raise ValueError(f"{name} computes in {model.dtype}, the base in {base.dtype}.")
+        if model.dtype != self._dtype:
+            raise ValueError(f"{name} computes in {model.dtype}, the base in {self._dtype}.")
+
+
+def adapted_namespace(base: str, adapter: Adapter) -> str:
+    """Content hash (SHA-256, hex) of a base, given by its own, with an adapter."""
+    digest = hashlib.sha256(f"{base} {adapter.alpha / adapter.rank}".encode())
+    for path in sorted(adapter.weights):
+        for matrix in adapter.weights[path]:
+            value = np.ascontiguousarray(matrix)
+            digest.update(repr((path, value.dtype, value.shape)).encode())
+            digest.update(value.view(np.uint8).data)
+    return digest.hexdigest()

@@ -14,11 +14,14 @@ from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
     AdapterBank,
+    bank_positions,
     init_adapter,
     load_adapter,
     save_adapter,
     set_adapter,
+    slot_values,
     with_bank,
+    write_slot,
 )
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS
 from jaxcodec.models.steps import forward, generate
@@ -122,3 +125,14 @@ def test_what_does_not_fit_is_refused(base: Model, banked: Model, random_adapter
         set_adapter(banked, adapter, 3)
     with pytest.raises(ValueError, match="Unknown targets.*'lm_head'"):
         init_adapter(base, jax.random.key(0), targets=("lm_head",))
+
+
+def test_a_slot_written_in_place_is_the_slot_that_was_set(banked: Model, random_adapter) -> None:
+    adapter = random_adapter(banked, 3)
+    expected = jax.tree.leaves(set_adapter(banked, adapter, 2))
+    leaves, where = jax.tree.leaves(banked), bank_positions(banked)
+    written = write_slot([jnp.copy(leaves[i]) for i in where], slot_values(banked, adapter), 2)
+    for i, stack in zip(where, written, strict=True):
+        np.testing.assert_array_equal(stack, expected[i])
+    cleared = write_slot(written, slot_values(banked, None), 2)
+    assert all(not stack.any() for stack in cleared)

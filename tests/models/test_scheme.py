@@ -145,3 +145,29 @@ def test_impossible_schemes_are_refused() -> None:
         Scheme("self", "base")
     with pytest.raises(ValueError, match="'base' or 'self', got 'other'"):
         Scheme("other", "self")  # pyrefly: ignore[bad-argument-type]
+
+
+def test_a_row_with_the_same_adapter_in_both_streams_is_an_ordinary_one(
+    banked: Model, random_adapter, random_tokens
+) -> None:
+    writing = random_adapter(banked, 7, targets=ALL_TARGETS)
+    model = set_adapter(banked, writing, 1)
+    tokens, length = random_tokens((2, 6)), 6
+    table = identity_table(2, length, 4)
+    encoder, decoder = jnp.array([1, 0]), jnp.array([1, 1])
+    counts, empty = jnp.full((2,), length), KVCache.zeros(model.config, 4, 4, jnp.float32)
+    hidden, cache = jax.jit(
+        lambda: model.module(
+            tokens, empty, table, counts, slots=decoder, streams=2, encoder_slots=encoder
+        )
+    )()
+    ordinary = forward(model, tokens, counts, CONVENTIONAL, slots=decoder)
+    icarus = forward(model, tokens, counts, ICARUS, slots=decoder)
+    logits = model.module.logits(hidden)
+    np.testing.assert_allclose(logits[0], ordinary[0], atol=2e-4)
+    np.testing.assert_allclose(logits[1], icarus[1], atol=2e-4)
+    base_cache = prefill(
+        model, KVCache.zeros(model.config, 4, 4, jnp.float32), table, tokens, counts
+    )
+    np.testing.assert_allclose(cache.k[:, 2:], base_cache.k[:, 2:], atol=2e-4)
+    assert not np.allclose(cache.k[:, :2], base_cache.k[:, :2], atol=1e-2)

@@ -1,6 +1,7 @@
 """A tokenizer is read whole, or refused with a reason."""
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,15 @@ def copy(tmp_path: Path) -> Path:
 def test_text_survives_the_tokens(tokenizer: PretrainedTokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
     assert tokenizer.eos_ids == (tokenizer.eos_id,) == (2,)
+
+
+def test_decoding_is_that_of_transformers(tokenizer: PretrainedTokenizer) -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens = [rng.randrange(300) for _ in range(rng.randrange(12))]
+        assert tokenizer.decode(tokens) == tokenizer.pretrained.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
 
 
 def test_a_completion_goes_on_where_the_prompt_stops(tokenizer: PretrainedTokenizer) -> None:
@@ -73,3 +83,41 @@ def test_reading_one_writes_nothing_to_the_terminal() -> None:
     command = [sys.executable, "-c", script, str(TOKENIZER)]
     done = subprocess.run(command, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# As ChatML has it, with tools before the conversation.
+TEMPLATE = """{{ bos_token }}{% if tools %}tools: {{ tools | tojson }}
+{% endif %}{% for message in messages %}{% if message.role == "nobody" %}\
+{{ raise_exception("no such role") }}{% endif %}<|{{ message.role }}|>{{ message.content }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}]
+
+
+@pytest.fixture
+def chat(copy: Path) -> PretrainedTokenizer:
+    """A tokenizer with a chat template."""
+    (copy / "chat_template.jinja").write_text(TEMPLATE)
+    return PretrainedTokenizer(copy)
+
+
+def test_a_chat_goes_through_the_template(chat: PretrainedTokenizer) -> None:
+    expected = "<s><|user|>hi\n<|assistant|>yes?\n<|assistant|>"
+    assert chat.encode_chat(MESSAGES) == chat.encode_completion(expected)
+    assert chat.encode_chat(MESSAGES) == chat.pretrained.apply_chat_template(
+        MESSAGES, add_generation_prompt=True, return_dict=False
+    )
+    weather = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    tools = f"<s>tools: {json.dumps([weather])}\n"
+    with_tools = chat.encode_completion(tools + expected.removeprefix("<s>"))
+    assert chat.encode_chat(MESSAGES, [weather]) == with_tools
+
+
+def test_what_the_template_does_not_take_is_said(
+    chat: PretrainedTokenizer, tokenizer: PretrainedTokenizer
+) -> None:
+    with pytest.raises(ValueError, match="does not take these messages: no such role"):
+        chat.encode_chat([{"role": "nobody", "content": ""}])
+    with pytest.raises(ValueError, match="not Unicode text"):
+        chat.encode_chat([{"role": "user", "content": "\ud800"}])
+    with pytest.raises(ValueError, match="has no chat template"):
+        tokenizer.encode_chat(MESSAGES)

@@ -87,7 +87,7 @@ def make_engine(base: Model, module: Model, adapters: dict[str, Adapter]) -> Cal
     """Makes engines that serve every scheme."""
 
     def make(**options) -> Engine:
-        options = {"page_size": 4, "pages": 64, "max_batch": 8, "max_prefill_tokens": 32} | options
+        options = {"page_size": 4, "pages": 64, "max_batch": 8, "step_tokens": 32} | options
         options = {"buckets": ONE_SHAPE} | options
         engine = Engine(base, **options)
         engine.add_model("first", ICARUS, adapter=adapters["first"])

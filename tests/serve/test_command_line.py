@@ -56,21 +56,34 @@ def test_prompts_are_answered_and_bad_lines_reported(
         {"model": name, "prompt": shared, "max_tokens": 4, "ignore_eos": True}
         for name in ("base", "zero", "module")
     ]
+    lines[1]["n"] = 2
     lines += [{"model": "nobody", "prompt": shared}, {"prompt": "x" * 400}, {"promt": shared}]
     prompts.write_text("\n".join(map(json.dumps, lines)))
+    kept: list[Path] = []
+    monkeypatch.setattr("jaxcodec.serve.__main__.use_compilation_cache", kept.append)
     status = run(
         monkeypatch,
         *("--model", directory / "base", "--icarus", f"zero={directory / 'zero'}"),
         *("--prefill-share", f"module={directory / 'module'}", "--pages", 32),
-        *("--prompts", prompts, "--out", out),
+        *("--host-pages", 8),
+        *("--prompts", prompts, "--out", out, "--trace", tmp_path / "trace.json"),
+        *("--compilation-cache", tmp_path / "compiled"),
     )
+    assert kept == [tmp_path / "compiled"]
     assert status == 1
     answers = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [a["line"] for a in answers] == [1, 2, 3, 4, 5, 6]
-    assert [a["finish_reason"] for a in answers] == ["length"] * 3 + ["error"] * 3
-    assert answers[0]["tokens"] == answers[1]["tokens"] != answers[2]["tokens"]
-    printed = capsys.readouterr().out
-    assert "tokens generated" in printed
+    assert [(a["line"], a["index"]) for a in answers] == [
+        (1, 0), (2, 0), (2, 1), (3, 0), (4, 0), (5, 0), (6, 0),
+    ]  # fmt: skip
+    assert [a["finish_reason"] for a in answers] == ["length"] * 4 + ["error"] * 3
+    base, zero, again, module, *_ = (a["tokens"] for a in answers)
+    assert base == zero == again != module
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    models = {e["args"]["name"] for e in trace if e["name"] == "process_name"}
+    assert models == {"engine", "base", "zero", "module"}
+    assert {"queued", "prefill", "decode"} <= {e["name"] for e in trace}
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "tokens generated 16" in printed
     for line, message in ((4, "No model is served as"), (5, "The prompt has"), (6, "unknown keys")):
         assert f"line {line}: {message}" in printed
 
@@ -80,6 +93,7 @@ def test_prompts_are_answered_and_bad_lines_reported(
     [
         (["--icarus", "zero"], "Expected NAME=DIRECTORY, got 'zero'"),
         (["--icarus", "new=/no/such/place"], "/no/such/place"),
+        (["--trace", "/"], "--trace must be a file"),
         (["--prompts", "/no/such/file"], "There is no file /no/such/file"),
     ],
 )

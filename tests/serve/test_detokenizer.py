@@ -56,22 +56,45 @@ def test_what_was_held_back_comes_at_the_end(tokenizer) -> None:
     assert stream.text == "aEN"
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(40))
 def test_streams_equal_the_plain_search(seed: int, tokenizer) -> None:
     rng = random.Random(seed)
     text = "".join(rng.choice("abé世") for _ in range(40))
     stops = tuple("".join(rng.choice("abé世") for _ in range(rng.randrange(1, 5))) for _ in "12")
+    min_tokens = rng.choice((0, 0, 10, 30))
     tokens = tokenizer.encode(text)
-    expected, stopped = text, False
-    for end in range(len(text) + 1):
-        hits = [text[:end].find(s) for s in stops if s in text[:end]]
-        if hits:
-            expected, stopped = text[: min(hits)], True
+    expected, stopped, seen = text, False, 0
+    for count in range(1, len(tokens) + 1):
+        so_far = bytes(tokens[:count]).decode(errors="ignore")
+        # a stop text counts where this token completes it
+        starts = [i for s in stops for i in range(len(so_far)) if so_far.startswith(s, i)
+                  and i + len(s) > seen]  # fmt: skip
+        if starts and count > min_tokens:
+            expected, stopped = text[: min(starts)], True
             break
-    stream = TextStream(tokenizer, tokenizer.encode("before "), stops)
+        seen = len(so_far)
+    stream = TextStream(tokenizer, tokenizer.encode("before "), stops, min_tokens)
     found = pieces(stream, tokens)
     assert "".join(found) == stream.text == expected
     assert stream.stopped == stopped
+
+
+def test_a_stop_text_comes_early_as_text(tokenizer) -> None:
+    stream = TextStream(tokenizer, [], ("END", "ENDING"), min_tokens=3)
+    assert [stream.push(t) for t in b"END"] == ["", "", ""]  # "ENDING" may follow
+    assert stream.push(ord("S")) == "ENDS"
+    assert [stream.push(t) for t in b"END"] == ["", "", ""]
+    assert stream.stopped
+    assert stream.text == "ENDS"
+
+
+def test_a_token_costs_little_more_than_a_decoding(tokenizer, monkeypatch) -> None:
+    decode, decodings = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda tokens: decodings.append(0) or decode(tokens))
+    stream = TextStream(tokenizer, [])
+    for token in b"x" * 100:
+        stream.push(token)
+    assert len(decodings) < 110
 
 
 def test_pieces_of_a_byte_level_bpe_are_the_text() -> None:

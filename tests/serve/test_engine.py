@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.lora import ALL_TARGETS, set_adapter, with_bank
+from jaxcodec.models.lora import ALL_TARGETS, ICARUS_TARGETS, set_adapter, with_bank
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE
 from jaxcodec.models.steps import generate as plain_generate
 from jaxcodec.models.transformer import init_model, linear_shapes
 from jaxcodec.serve.batch_loop import generate
-from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Request, RequestOutput, SamplingParams
+from jaxcodec.serve.served_models import BASE
+from jaxcodec.serve.step_program import Layout
 from jaxcodec.spec import CodebookSpec
 
 NAMES = ("base", "first", "second", "own", "whole", "module", "adapted")
@@ -142,7 +143,7 @@ def test_a_tiny_pool_gives_the_same_answers(make_engine, plain) -> None:
 
 
 def test_a_prompt_longer_than_a_chunk(make_engine, plain) -> None:
-    engine = make_engine(max_prefill_tokens=8)
+    engine = make_engine(max_batch=2, step_tokens=8)
     (long, short) = random_prompts([40, 5])
     together = answers(engine, ["own", "first"], [long, short])
     assert together == [plain("own", long), plain("first", short)]
@@ -219,8 +220,8 @@ def test_cancelling_frees_everything_at_once(make_engine, plain) -> None:
     ids = [engine.submit(Request("first", p, GREEDY)) for p in prompts]
     events = [event for _ in range(3) for event in engine.step()]
     assert engine.stats().running == 2
-    running, waiting = engine.cancel(ids[0]), engine.cancel(ids[2])
-    assert (running.finish_reason, len(running.tokens)) == ("cancelled", 3)
+    (running,), (waiting,) = engine.cancel(ids[0]), engine.cancel(ids[2])
+    assert (running.finish_reason, len(running.tokens)) == ("cancelled", 2)
     assert (waiting.finish_reason, waiting.tokens) == ("cancelled", ())
     engine.check()
     while engine.busy:
@@ -286,33 +287,41 @@ def test_models_that_cannot_be_served_are_refused(engine, adapters, module) -> N
 
 
 def test_without_adapters_the_base_runs_one_stream(base, plain, one_shape) -> None:
-    engine = Engine(
-        base, page_size=4, pages=64, max_batch=8, max_prefill_tokens=32, buckets=one_shape
-    )
-    assert {lane.streams for lane in engine._models.lanes} == {1}
+    engine = Engine(base, page_size=4, pages=64, max_batch=8, step_tokens=32, buckets=one_shape)
+    assert engine._models.layouts(BASE) == [Layout(two_streams=False)]
     (prompt,) = random_prompts([6])
     assert answers(engine, ["base"], [prompt]) == [plain("base", prompt)]
 
 
-def test_nothing_compiles_after_warm_up(make_engine) -> None:
+def test_nothing_compiles_after_warm_up(base, adapters, one_shape) -> None:
     compilations = []
 
     def count(event: str, duration: float, **_) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(event)
 
-    engine = make_engine(buckets=Buckets(rows=(4, 8), tokens=(32,), pages=(16,)))
+    # a slot for one adapter, which two have to share
+    bank = AdapterBank(2, 4, ICARUS_TARGETS)
+    engine = Engine(
+        base, page_size=4, pages=64, max_batch=8, step_tokens=32, bank=bank, buckets=one_shape
+    )
+    engine.add_model("first", ICARUS, adapter=adapters["first"])
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         engine.warm_up()
         assert compilations
         compilations.clear()
-        sampling = SamplingParams(temperature=0.5, max_tokens=4)
-        names, prompts = NAMES * 3, random_prompts([3, 20, 33, 40, 1, 2, 17] * 3)
-        outputs = generate(
-            engine, [Request(n, p, sampling) for n, p in zip(names, prompts, strict=True)]
-        )
+        sampled = SamplingParams(temperature=0.5, top_k=9, max_tokens=4, logprobs=2)
+        penalized = SamplingParams(repetition_penalty=1.2, logit_bias={3: 1.0}, max_tokens=4)
+        engine.add_model("second", ICARUS, adapter=adapters["second"])
+        names, prompts = ["base", "first", "second"] * 6, random_prompts([3, 20, 33, 40, 1, 2] * 3)
+        params = [GREEDY, sampled, penalized, sampled, GREEDY, GREEDY] * 3
+        outputs = generate(engine, list(map(Request, names, prompts, params)))
+        engine.remove_model("first")
+        engine.add_model("first", ICARUS, adapter=adapters["second"])
+        outputs += generate(engine, [Request("first", [5, 6], GREEDY)])
         assert all(o.error is None for o in outputs)
+        assert engine.stats().adapter_loads == 2
         assert not compilations
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
@@ -331,7 +340,7 @@ def test_shared_pages_are_the_bases_bit_for_bit(make_engine) -> None:
     for name in ("first", "second"):
         engine = make_engine()
         answers(engine, [name], [prompt])
-        caches.append(jax.tree.map(np.asarray, engine._cache))
+        caches.append(jax.tree.map(np.asarray, engine._runner._cache))
     # the pages of the prompt: two, the first that a fresh pool gives
     np.testing.assert_array_equal(caches[0].k[:, :2], caches[1].k[:, :2])
     np.testing.assert_array_equal(caches[0].v[:, :2], caches[1].v[:, :2])
@@ -342,9 +351,7 @@ def test_a_quantized_base_serves_its_adapters(adapters, one_shape, base) -> None
     first_layer = [path for path, _ in linear_shapes(base.config) if path.startswith("layers.0.")]
     specs = tuple(sorted((path, spec) for path in first_layer))
     model = init_model(base.config, jax.random.key(7), specs=specs)
-    engine = Engine(
-        model, page_size=4, pages=64, max_batch=8, max_prefill_tokens=32, buckets=one_shape
-    )
+    engine = Engine(model, page_size=4, pages=64, max_batch=8, step_tokens=32, buckets=one_shape)
     engine.add_model("first", ICARUS, adapter=adapters["first"])
     bank = set_adapter(with_bank(model, AdapterBank(2, 4, ALL_TARGETS)), adapters["first"], 1)
     (prompt,) = random_prompts([9])

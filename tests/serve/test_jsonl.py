@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from jaxcodec.serve.jsonl import parse_request, read_requests, write_outputs
-from jaxcodec.serve.request import Request, RequestOutput, SamplingParams, Timings
+from jaxcodec.serve.request import (
+    Request,
+    RequestOutput,
+    SamplingParams,
+    Structure,
+    Timings,
+    TokenLogprobs,
+)
 
 
 def test_a_line_holds_a_request() -> None:
@@ -16,12 +23,58 @@ def test_a_line_holds_a_request() -> None:
     assert parse_request('{"prompt": [1, 2]}', "base") == Request("base", [1, 2])
 
 
+def test_a_line_holds_all_that_a_request_can() -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "weather"}}]
+    line = {
+        "messages": messages, "tools": tools, "priority": -1, "deadline_s": 2.5, "n": 2,
+        "min_p": 0.1, "logit_bias": {"7": -3.5}, "stop_tokens": [4], "logprobs": 2,
+        "structured": {"tool_call": tools},
+    }  # fmt: skip
+    sampling = SamplingParams(
+        min_p=0.1, logit_bias={7: -3.5}, stop_tokens=(4,), logprobs=2, n=2,
+        structured=Structure.tool_call(tools),
+    )  # fmt: skip
+    assert parse_request(json.dumps(line), "base") == Request(
+        "base", messages, sampling, priority=-1, deadline_s=2.5, tools=tools
+    )
+
+
+@pytest.mark.parametrize(
+    ("structured", "expected"),
+    [
+        ({"json_schema": {"type": "integer"}}, Structure.json_schema({"type": "integer"})),
+        ({"regex": "[ab]+"}, Structure.regex("[ab]+")),
+        ({"grammar": "start: NAME"}, Structure.grammar("start: NAME")),
+    ],
+)
+def test_a_line_may_ask_for_a_structure(structured: dict, expected: Structure) -> None:
+    line = json.dumps({"prompt": "a", "structured": structured})
+    assert parse_request(line, "base").sampling.structured == expected
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "not JSON"),
         ("[1]", "expected a JSON object, got a list"),
-        ("{}", "'prompt' must be a text or a list of token ids"),
+        ("{}", "either 'prompt' or 'messages'"),
+        ('{"prompt": "a", "messages": []}', "either 'prompt' or 'messages'"),
+        ('{"prompt": 3}', "'prompt' must be a text or a list of token ids"),
+        ('{"messages": "hi"}', "'messages' must be a list of objects"),
+        ('{"messages": [], "tools": [3]}', "'tools' must be a list of objects"),
+        ('{"prompt": "a", "logit_bias": [3]}', "'logit_bias' must be an object"),
+        ('{"prompt": "a", "logit_bias": {"x": 1}}', "'logit_bias' must be an object"),
+        ('{"prompt": "a", "logit_bias": {"3": "x"}}', "wrong type"),
+        ('{"prompt": "a", "structured": "a"}', "'structured' must be an object"),
+        ('{"prompt": "a", "structured": {"regex": "a", "grammar": "b"}}', "'structured' must be"),
+        ('{"prompt": "a", "structured": {"xml": "a"}}', "must hold one of .*got 'xml' with a str"),
+        ('{"prompt": "a", "structured": {"regex": {}}}', "got 'regex' with a dict"),
+        ('{"prompt": "a", "structured": {"tool_call": [{}]}}', "with a 'name'"),
+        ('{"prompt": "a", "structured": {"tool_call": ["a"]}}', "with a 'name'"),
+        ('{"prompt": "a", "deadline_s": -1}', "deadline_s must be"),
+        ('{"prompt": "a", "deadline_s": "soon"}', "wrong type"),
+        ('{"prompt": "a", "priority": "high"}', "priority must be"),
         ('{"prompt": [1, "a"]}', "'prompt' must be"),
         ('{"prompt": "a", "model": 3}', "'model' and 'id' must be texts"),
         ('{"prompt": "a", "temprature": 1}', r"unknown keys \['temprature'\]"),
@@ -51,8 +104,9 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_outputs_are_lines(tmp_path: Path) -> None:
     timings = Timings(1.0, 1.5, 2.0, 4.0)
+    logprobs = (TokenLogprobs(-1.5, ((5, -1.5), (7, -2.0))), TokenLogprobs(-0.5))
     outputs = [
-        (1, RequestOutput("a", "base", "é", (5, 6), "stop", None, 3, 2, timings)),
+        (1, RequestOutput("a", "base", "é", (5, 6), "stop", None, 3, 2, timings, 1, logprobs)),
         (4, RequestOutput("b", "base", "", (), "error", "why")),
     ]
     write_outputs(tmp_path / "new" / "out.jsonl", outputs)
@@ -60,4 +114,10 @@ def test_outputs_are_lines(tmp_path: Path) -> None:
     first, second = (json.loads(line) for line in lines)
     assert (first["line"], first["text"], first["tokens"]) == (1, "é", [5, 6])
     assert (first["ttft_s"], first["latency_s"]) == (1.0, 3.0)
+    assert first["index"] == 1
+    assert first["logprobs"] == [
+        {"logprob": -1.5, "top": [[5, -1.5], [7, -2.0]]},
+        {"logprob": -0.5, "top": []},
+    ]
+    assert "logprobs" not in second
     assert (second["line"], second["error"]) == (4, "why")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxcodec.serve.pages import PagePool
+from jaxcodec.serve.pages import DEFAULT_PAGES, PagePool, pages_that_fit
 
 
 def test_pages_are_taken_once_and_come_back() -> None:
@@ -33,3 +33,11 @@ def test_a_page_that_is_not_taken_cannot_come_back(page: int) -> None:
 def test_an_empty_pool_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one page"):
         PagePool(0)
+
+
+def test_the_pool_takes_a_share_of_the_free_memory() -> None:
+    memory = {"bytes_limit": 1100, "bytes_in_use": 100}
+    assert pages_that_fit(10, memory) == 80
+    assert pages_that_fit(10, None) == DEFAULT_PAGES
+    with pytest.raises(MemoryError, match="1000 bytes are free, a page of the cache takes 2000"):
+        pages_that_fit(2000, memory)

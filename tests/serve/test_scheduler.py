@@ -1,165 +1,340 @@
 """Whatever the pressure, no page is lost, and every sequence reads what was written for it."""
 
-import random
-
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+    run_state_machine_as_test,
+)
 
-from jaxcodec.serve.scheduler import Plan, Scheduler, Sequence
+from jaxcodec.serve.adapters import AdapterSlots
+from jaxcodec.serve.plan import NO_ROW, Sequence
+from jaxcodec.serve.scheduler import WINDOW, Scheduler
+from tests.serve.plain_device import STOPPING, PlainDevice, answer, sequence
 
 PAGE = 4
 
 
-def scheduler(pages: int = 16, max_batch: int = 4, max_prefill_tokens: int = 8) -> Scheduler:
-    return Scheduler(pages, PAGE, min(pages * PAGE, 40), max_batch, max_prefill_tokens)
+def scheduler(
+    pages: int = 16,
+    max_batch: int = 4,
+    step_tokens: int = 12,
+    decode_steps: int = 1,
+    slots: int = 3,
+    host: int = 0,
+) -> Scheduler:
+    return Scheduler(pages, PAGE, max_batch, step_tokens, decode_steps, AdapterSlots(slots), host)
 
 
-def sequence(id: str, prompt: list[int], namespace: str = "base", shares: bool = True) -> Sequence:
-    return Sequence(id, namespace, list(prompt), len(prompt), shares)
+def drain(device: PlainDevice, steps: int = 1000) -> None:
+    """Run until nothing is left, which must come to pass."""
+    for _ in range(steps):
+        if not (device.scheduler.waiting or device.scheduler.running):
+            break
+        device.step()
+        device.scheduler.check()
+    device.scheduler.check_idle()
 
 
-class PlainCache:
-    """A cache that remembers, of every position, the tokens so far and who wrote it."""
+class Machine(RuleBasedStateMachine):
+    """Requests of all kinds come, run and are taken away, in any order.
 
-    def __init__(self) -> None:
-        self.contents: dict[tuple[int, int], tuple] = {}
+    `PlainDevice` says what is right: what is read was written by whom it should be, every answer is
+    that of the request alone, and adapters are where they are used.
+    """
 
-    @staticmethod
-    def expected(s: Sequence, position: int) -> tuple:
-        of_prompt = position < s.prompt_length - 1
-        writer = s.namespace if of_prompt or s.shares_response else f"{s.id} itself"
-        return (writer, *s.tokens[: position + 1])
+    sequences = Bundle("sequences")
 
-    def write(self, s: Sequence, position: int) -> None:
-        for earlier in range(position):
-            assert self.read(s, earlier) == self.expected(s, earlier), (s.id, earlier, position)
-        self.contents[self.place(s, position)] = self.expected(s, position)
+    @initialize(
+        pages=st.integers(6, 30),
+        max_batch=st.integers(1, 5),
+        decode_steps=st.integers(1, 4),
+        slots=st.integers(2, 4),
+        host=st.sampled_from([0, 1, 5, 100]),
+    )
+    def start(self, pages: int, max_batch: int, **sizes: int) -> None:
+        self.scheduler = scheduler(pages, max_batch, max_batch + 5, **sizes)
+        self.device = PlainDevice(self.scheduler)
+        self.left: list[Sequence] = []
+        self.number = 0
 
-    def read(self, s: Sequence, position: int) -> tuple | None:
-        return self.contents.get(self.place(s, position))
+    @rule(
+        target=sequences,
+        # few tokens, so that prompts have prefixes in common
+        prompts=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=15), max_size=3),
+        new=st.integers(1, 9),
+        namespace=st.sampled_from(["base", "own"]),
+        model=st.sampled_from([STOPPING, "other"]),
+        shares=st.booleans(),
+        adapter=st.sampled_from([None, "x", "y", "z"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+        needs_host=st.sampled_from([False, False, True]),
+    )
+    def submit(self, prompts, new, **options):
+        added = []
+        for prompt in prompts:
+            self.number += 1
+            added.append(sequence(f"{self.number}", prompt, new, **options))
+            self.scheduler.add(added[-1])
+        self.left += added
+        return multiple(*added)
 
-    @staticmethod
-    def place(s: Sequence, position: int) -> tuple[int, int]:
-        return s.pages[position // PAGE], position % PAGE
+    @rule(count=st.integers(1, 4))
+    def step(self, count: int) -> None:
+        for _ in range(count):
+            self.device.step()
 
+    @rule(one=sequences, share=st.booleans())
+    def take_away(self, one: Sequence, share: bool) -> None:
+        if one in self.left and one not in self.device.ended:
+            self.left.remove(one)
+            self.scheduler.remove(one, share=share)
 
-def run(plan: Plan, s: Scheduler, cache: PlainCache, rng: random.Random) -> None:
-    for chunk in plan.prefills:
-        boundary = chunk.sequence.prompt_length - 1
-        assert chunk.by_prompt_writer == (chunk.start < boundary)
-        assert not chunk.by_prompt_writer or chunk.start + chunk.count <= boundary
-        for position in range(chunk.start, chunk.start + chunk.count):
-            cache.write(chunk.sequence, position)
-        s.prefilled(chunk)
-    assert sum(chunk.count for chunk in plan.prefills) <= s.max_prefill_tokens
-    assert len(s.running) <= s.max_batch
-    for decoding in plan.decodes:
-        assert decoding.to_prefill == 0
-        cache.write(decoding, len(decoding.tokens) - 1)
-        s.decoded(decoding, rng.randrange(3))
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+            assert len(self.scheduler.running) <= self.scheduler.max_batch
 
-
-@pytest.mark.parametrize("seed", range(8))
-def test_random_load_in_a_small_pool(seed: int) -> None:
-    rng = random.Random(seed)
-    s, cache = scheduler(pages=rng.choice([10, 12, 30])), PlainCache()
-    limit: dict[str, int] = {}
-    left, ended = 40, 0
-    while left or s.waiting or s.running:
-        if left and rng.random() < 0.5:
-            left -= 1
-            prompt = [rng.randrange(2) for _ in range(rng.randrange(1, 30))]
-            kind = rng.choice([("base", True), ("base", False), ("own", True)])
-            new = sequence(f"{left}", prompt, *kind)
-            limit[new.id] = min(len(prompt) + rng.randrange(1, 12), s.context + 1)
-            s.add(new)
-        run(s.plan(), s, cache, rng)
-        s.check()
-        for active in [*s.running, *s.waiting]:
-            cancelled = rng.random() < 0.02
-            if cancelled or len(active.tokens) >= limit[active.id]:
-                s.remove(active, share=rng.random() < 0.8)
-                ended += 1
-        s.check()
-    assert ended == 40
-    counts = s.counts()
-    assert (counts.held, counts.free + counts.cached) == (0, counts.total)
+    def teardown(self) -> None:
+        if hasattr(self, "scheduler"):
+            drain(self.device)
+            assert {s.id for s in self.left} == {s.id for s in self.device.ended if s in self.left}
+            for s in self.left:
+                assert s.tokens == answer(s)
 
 
-def finish(s: Scheduler, one: Sequence, new_tokens: int) -> int:
-    """Run a sequence alone to its end; returns the tokens that were prefilled."""
+def test_any_load_in_any_order() -> None:
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=200,
+            stateful_step_count=40,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+
+
+def run_alone(s: Scheduler, one: Sequence) -> int:
+    """Run a sequence to its end; returns the tokens that were prefilled."""
+    device, prefilled = PlainDevice(s, trusts=True), 0  # what earlier devices wrote is not known
     s.add(one)
-    prefilled = 0
-    while len(one.tokens) < one.prompt_length + new_tokens:
-        plan = s.plan()
-        prefilled += sum(chunk.count for chunk in plan.prefills)
-        run(plan, s, PlainCacheThatTrusts(), random.Random(0))
-    s.remove(one)
+    while s.waiting or s.running:
+        prefilled += sum(chunk.count for chunk in device.step().prefills)
     return prefilled
-
-
-class PlainCacheThatTrusts(PlainCache):
-    """For tests that count and do not read."""
-
-    def write(self, s: Sequence, position: int) -> None:
-        pass
 
 
 def test_pages_of_prompt_and_response_are_found_again() -> None:
     s = scheduler()
-    first = sequence("first", list(range(9)))
-    assert finish(s, first, 8) == 8
-    # 16 of the 17 tokens are cached: all but the last, which was never fed
-    second = sequence("second", [*first.tokens, 5])
-    assert finish(s, second, 1) == 1
-    assert second.reused == 16
+    first = sequence("first", [1, 2, 3] * 3, 8)
+    assert run_alone(s, first) == 8
+    # all but the last token is cached, as far as pages are full
+    known = (len(first.tokens) - 1) // PAGE * PAGE
+    second = sequence("second", [*first.tokens, 1])
+    assert run_alone(s, second) == len(first.tokens) - known
+    assert second.reused == known
 
 
 def test_a_response_of_other_weights_is_not_found() -> None:
     s = scheduler()
-    first = sequence("first", list(range(9)), shares=False)
-    finish(s, first, 8)
-    second = sequence("second", [*first.tokens, 5])
-    assert finish(s, second, 1) == 17 - 8
+    first = sequence("first", [1, 2, 3] * 3, 8, shares=False)
+    run_alone(s, first)
+    second = sequence("second", [*first.tokens, 1])
+    assert run_alone(s, second) == len(first.tokens) - 8
     assert second.reused == 8
 
 
 def test_a_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
-    s = scheduler()
-    short, long = sequence("short", [1, 2]), sequence("long", list(range(20)))
+    s = scheduler(max_batch=2, step_tokens=10)
+    device = PlainDevice(s)
+    short, long = sequence("short", [1, 2], 30), sequence("long", [1, 1, 2] * 9)
     s.add(short)
     s.add(long)
     chunks = []
-    while long.to_prefill:
-        plan = s.plan()
+    while long.tokens == [1, 1, 2] * 9 and len(chunks) < 9:
+        plan = device.step()
         chunks.append(sum(p.count for p in plan.prefills if p.sequence is long))
-        assert short in plan.decodes
-        run(plan, s, PlainCacheThatTrusts(), random.Random(0))
-    assert chunks == [7, 8, 4]
+        computed = sum(p.count for p in plan.prefills) + sum(n for _, n in plan.decodes)
+        assert computed <= 10
+        if short in s.running:
+            assert short in [decoding for decoding, _ in plan.decodes]
+    assert [c for c in chunks if c] == [7, 8, 8, 3]
 
 
-def test_the_youngest_is_pushed_out_and_comes_back_first() -> None:
-    s = Scheduler(5, PAGE, 20, 4, 64)
-    first, second, third = (sequence(n, [i] * 7) for i, n in enumerate(("1", "2", "3")))
+def test_several_tokens_a_launch_when_nothing_waits() -> None:
+    s = scheduler(max_batch=2, decode_steps=4)
+    device = PlainDevice(s)
+    s.add(sequence("one", [1, 2], 9))
+    assert [n for _, n in device.step().decodes] == [1]  # it waited
+    assert [n for _, n in device.step().decodes] == [4]
+    s.add(sequence("two", [1, 2], 9))
+    assert {n for _, n in device.step().decodes} == {1}
+
+
+def test_a_common_prefix_is_computed_once() -> None:
+    s = scheduler(pages=64, max_batch=8, step_tokens=14)
+    device = PlainDevice(s)
+    for i in range(6):
+        s.add(sequence(f"{i}", [1, 2] * 12 + [3, i % 3 + 1], 4))
+    prefilled = 0
+    while s.waiting or s.running:
+        prefilled += sum(chunk.count for chunk in device.step().prefills)
+        s.check()
+    # 24 tokens are common: six pages; each has one more of its own before its last
+    assert prefilled == 24 + 6
+
+
+def test_whoever_waits_for_a_prefix_holds_up_nobody() -> None:
+    s = scheduler(pages=64, max_batch=8, step_tokens=14)
+    device = PlainDevice(s)
+    first, same = (sequence(n, [1, 2] * 16, 4) for n in ("first", "same"))
+    other = sequence("other", [2], 4)
+    for one in (first, same, other):
+        s.add(one)
+    device.step()
+    assert (first in s.running, same in s.running, other in s.running) == (True, False, False)
+    device.step()
+    assert (same in s.running, other in s.running) == (False, False)  # the chunk took the budget
+    drain(device)
+
+
+def test_the_last_is_pushed_out_and_comes_back_first() -> None:
+    s = Scheduler(5, PAGE, 4, 64)
+    device = PlainDevice(s)
+    first, second, third = (sequence(n, [i] * 7, 12) for i, n in enumerate("123", 1))
     for one in (first, second, third):
         s.add(one)
-    rng, cache = random.Random(0), PlainCache()
-    while s.preemptions == 0:
-        run(s.plan(), s, cache, rng)
+    for _ in range(12):
+        if not s.preemptions:
+            device.step()
     assert s.running == [first]
-    assert list(s.waiting) == [second, third]
+    assert s.waiting == [second, third]
+    drain(device)
+
+
+def test_one_model_alone_is_served_in_order() -> None:
+    s = scheduler(max_batch=1)
+    device = PlainDevice(s)
+    for i in range(5):
+        s.add(sequence(f"{i}", [i + 1, 2], 3))
+    drain(device)
+    assert [one.id[0] for one in device.ended] == [f"base/{i}" for i in range(5)]
+
+
+def test_a_longer_known_prefix_goes_first_but_not_for_ever() -> None:
+    s = scheduler(pages=64, max_batch=1)
+    device = PlainDevice(s)
+    known = [1, 2] * 8
+    s.add(sequence("known", known, 2))
+    drain(device)
+    patient = sequence("patient", [3, 3], 2)
+    s.add(patient)
+    jumped = 0
+    while patient not in device.ended:
+        while len(s.waiting) < 2 * WINDOW:
+            s.add(sequence(f"later {jumped} {len(s.waiting)}", [*known, 3], 2))
+        jumped += sum(a is not patient for a in device.step().admitted)
+        assert jumped <= WINDOW
+    assert jumped == WINDOW
+
+
+def test_no_model_starves_another() -> None:
+    s = scheduler(pages=64, max_batch=2)
+    device = PlainDevice(s)
+    for i in range(200):
+        s.add(sequence(f"{i}", [1, i % 3 + 1], 6, model="greedy"))
+    device.step()
+    modest = [sequence(f"modest {i}", [2, 2], 6, model="modest") for i in range(5)]
+    for one in modest:
+        s.add(one)
+    while not all(one in device.ended for one in modest):
+        device.step()
+    # each of the modest model's waits for about one of the other's
+    assert sum(one.model == "greedy" for one in device.ended) <= 2 * len(modest) + s.max_batch
+
+
+def test_the_more_urgent_is_served_first_and_takes_a_row() -> None:
+    s = scheduler(max_batch=2)
+    device = PlainDevice(s)
+    calm = [sequence(f"{i}", [i + 1], 12, priority=5) for i in range(2)]
+    for one in calm:
+        s.add(one)
+    device.step()
+    s.add(sequence("later", [1, 1], 2, priority=5))
+    urgent = sequence("urgent", [2, 2], 2, priority=-1)
+    s.add(urgent)
+    device.step()
+    device.step()
+    assert urgent in s.running or urgent in device.ended
+    assert calm[0].row != NO_ROW or calm[0] in device.ended
+    assert calm[1] in s.waiting
+    drain(device)
+
+
+def test_what_is_not_to_be_trusted_leaves_nothing_behind() -> None:
+    s = scheduler()
+    device = PlainDevice(s)
+    one = sequence("one", [1, 2] * 5, 9)
+    s.add(one)
+    for _ in range(3):
+        device.step()
+    s.remove(one, share=False)
+    assert s.counts().free == s.counts().total
     s.check()
 
 
-def test_an_untrusted_sequence_leaves_nothing_behind() -> None:
-    s = scheduler()
-    one = sequence("one", list(range(4)))
-    s.add(one)
-    for _ in range(6):
-        run(s.plan(), s, PlainCacheThatTrusts(), random.Random(0))
-    s.remove(one, share=False)
-    assert s.counts().free == s.counts().total
+def test_more_adapters_than_slots_take_turns() -> None:
+    s = scheduler(pages=64, max_batch=4, slots=3)
+    device = PlainDevice(s)
+    for i in range(20):
+        s.add(sequence(f"{i}", [1, i % 3 + 1], 5, model=f"m{i % 5}", adapter=f"a{i % 5}"))
+    drain(device)
+    assert len(device.ended) == 20
+    assert len(s.adapters.resident) <= 2
 
 
-def test_a_context_beyond_the_pool_is_refused() -> None:
-    with pytest.raises(ValueError, match="hold no context"):
-        Scheduler(2, PAGE, 9, 1, 8)
+def test_an_adapter_in_use_is_not_kept_for_ever() -> None:
+    s = scheduler(pages=64, max_batch=4, slots=2)
+    device = PlainDevice(s)
+    patient = sequence("patient", [3, 3], 2, model="patient", adapter="patient")
+    admitted = 0
+    while patient not in device.ended:
+        while len(s.waiting) < 8:
+            s.add(sequence(f"{admitted} {len(s.waiting)}", [1], 4, model="busy", adapter="busy"))
+        if admitted == 0:
+            s.add(patient)
+        admitted += len(device.step().admitted)
+        assert admitted <= 2 * WINDOW
+
+
+def test_pages_given_up_come_back_from_host_memory() -> None:
+    s = scheduler(pages=8, host=8)
+    device = PlainDevice(s)
+    first = sequence("first", [1, 2, 3, 1] * 4, 2)
+    s.add(first)
+    drain(device)
+    s.add(sequence("other", [3, 3] * 12, 2))
+    drain(device)
+    assert s.host.offloaded > 0
+    again = sequence("again", [1, 2, 3, 1] * 4, 2)
+    s.add(again)
+    prefilled = 0
+    while s.waiting or s.running:
+        prefilled += sum(chunk.count for chunk in device.step().prefills)
+    assert (again.reused, prefilled) == (12, 15 - 12)
+    assert s.host.restored > 0
+
+
+def test_what_can_never_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 pages of 4 hold no 10 tokens"):
+        scheduler(pages=2).add(sequence("long", [1] * 5, 5))
+    with pytest.raises(ValueError, match="leaves no room for prompts"):
+        scheduler(max_batch=8, step_tokens=9)
