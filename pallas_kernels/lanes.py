@@ -13,7 +13,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, vector
 
-GLOBAL, SHARED = 1, 3  # LLVM address spaces of NVPTX
+GLOBAL = 1  # of LLVM's address spaces for NVPTX
 WARP = 32
 
 
@@ -35,11 +35,6 @@ def f32() -> ir.Type:
 def vec(length: int, dtype: ir.Type) -> ir.Type:
     """A vector type of `length` elements."""
     return ir.VectorType.get((length,), dtype)
-
-
-def float_type(dtype: jnp.dtype) -> ir.Type:
-    """MLIR type of a floating dtype: bf16, f16 or f32."""
-    return mgpu_utils.dtype_to_ir_type(dtype)
 
 
 def c(value: int) -> ir.Value:
@@ -126,63 +121,12 @@ def _assembly(
     return cast(ir.Value, result)
 
 
-def peer_address(pointer: ir.Value, block: int) -> ir.Value:
-    """Where another block of the cluster has what `pointer` points to in this one."""
-    return _assembly(
-        i32(),
-        [shared_address(pointer), c(block)],
-        "mapa.shared::cluster.u32 $0, $1, $2;",
-        "=r,r,r",
-    )
-
-
-def load_peer(address: ir.Value, offset: int) -> ir.Value:
-    """Four f32 at a `peer_address`; it stays between barriers, as other blocks write there."""
-    result = _assembly(
-        ir.Type.parse("!llvm.struct<(f32, f32, f32, f32)>"),
-        [address],
-        f"ld.shared::cluster.v4.f32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
-        "=f,=f,=f,=f,r,~{memory}",
-        has_side_effects=True,
-    )
-    parts = [llvm.extractvalue(f32(), result, [e]) for e in range(4)]
-    return vector.from_elements(vec(4, f32()), parts)
-
-
 def store(pointer: ir.Value, values: Sequence[ir.Value]) -> None:
     """Store values of one type side by side, in one aligned store of 4, 8 or 16 bytes."""
     dtype = values[0].type
     width = len(values) * mgpu_utils.bitwidth(dtype) // 8
     packed = vector.from_elements(vec(len(values), dtype), list(values))
     llvm.store(packed, pointer, alignment=width)
-
-
-def copy_async(
-    destination: ir.Value,
-    source: ir.Value,
-    width: int,
-    when: ir.Value,
-    filled: ir.Value | None = None,
-) -> None:
-    """Start copying `width` (4 or 16) bytes from global to shared memory.
-
-    Args:
-      when: nothing happens where this is false.
-      filled: zeros are written instead where this is false.
-    """
-    kind = "cg" if width == 16 else "ca"
-    hint = ".L2::128B" if width == 16 else ""
-    arguments, constraints, size = [shared_address(destination), source, when], "r,l,b", ""
-    if filled is not None:
-        arguments.append(arith.select(filled, c(width), c(0)))
-        constraints, size = "r,l,b,r", ", $3"
-    _assembly(
-        ir.Type.parse("!llvm.void"),
-        arguments,
-        f"@$2 cp.async.{kind}.shared.global{hint} [$0], [$1], {width}{size};",
-        constraints + ",~{memory}",
-        has_side_effects=True,
-    )
 
 
 def shared_address(pointer: ir.Value) -> ir.Value:
@@ -200,21 +144,6 @@ def byte_offset(word: ir.Value, byte: int, low: ir.Value) -> ir.Value:
         f"prmt.b32 $0, $1, $2, {selector:#x};",
         "=r,r,r",
     )
-
-
-def byte_offset_of_lane(word: ir.Value, selector: ir.Value, low: ir.Value) -> ir.Value:
-    """`byte_offset` with a byte that differs from thread to thread; see `byte_selector`."""
-    return _assembly(
-        i32(),
-        [word, low, selector],
-        "prmt.b32 $0, $1, $2, $3;",
-        "=r,r,r,r",
-    )
-
-
-def byte_selector(byte: ir.Value) -> ir.Value:
-    """The selector with which `byte_offset_of_lane` picks this byte."""
-    return arith.ori(c(0x7604), arith.shli(byte, c(4)))
 
 
 def load_matrices(place: ir.Value) -> list[ir.Value]:
@@ -254,24 +183,3 @@ def mma(
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
     )
     return [llvm.extractvalue(f32(), result, [e]) for e in range(4)]
-
-
-def floats(words: Sequence[ir.Value], dtype: jnp.dtype) -> list[ir.Value]:
-    """The floats of `dtype` that lie in i32 registers, as f32."""
-    if dtype == jnp.float32:
-        return [arith.bitcast(f32(), word) for word in words]
-    result = []
-    for word in words:
-        one = vector.from_elements(vec(1, i32()), [word])
-        pair = vector.bitcast(vec(2, float_type(dtype)), one)
-        result += [arith.extf(f32(), vector.extract(pair, [], [e])) for e in range(2)]
-    return result
-
-
-def pairs(values: Sequence[ir.Value]) -> list[ir.Value]:
-    """Floats of 16 bits, two an i32 register."""
-    result: list[ir.Value] = []
-    for low, high in zip(values[::2], values[1::2], strict=True):
-        pair = vector.from_elements(vec(2, low.type), [low, high])
-        result.append(vector.extract(vector.bitcast(vec(1, i32()), pair), [], [0]))
-    return result

@@ -7,6 +7,7 @@ scale. Source: CodeGEMM (arXiv 2512.17970) section 3.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, cast
@@ -35,8 +36,9 @@ PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "dequantize": dequantized,
     "psumbook": psumbook_reference,
 }
+MOST_TOGETHER = 16  # weights of a launch, whose plans are made for a handful
 IMPLEMENTATIONS = (*KERNELS, *PLAIN)
-HOPPER = 9.0  # compute capability
+HOPPER = 9.0  # compute capability; wgmma, and the memory that tiles are cut for, are its alone
 
 
 def codebook_matmul(
@@ -50,7 +52,9 @@ def codebook_matmul(
 ) -> jax.Array:
     """Multiply x [..., K] by a codebook weight [K, N], accumulating in float32.
 
-    Differentiable in x, bias, codebooks and scales, never in codes. Works under jit, vmap and grad.
+    Differentiable in x, bias, codebooks and scales, never in codes. Works under jit, vmap and grad,
+    not under jvp. Kernels are chosen for the default device. Those on tensor cores keep sums of
+    codebooks in float16: they should lie within 2**-14 to 2**15, and scales below 255.
 
     Args:
       x: bf16, f16 or f32 [..., K].
@@ -61,7 +65,8 @@ def codebook_matmul(
         (all three for Hopper GPUs), "dequantize" multiplies by the weight rounded to x's dtype,
         "reference" does so in float32, "psumbook" is the gather in jnp.
       preferred_element_type: dtype of the result; None for x's.
-      interpret: run the named kernel's structure on a CPU, with JAX looking for races.
+      interpret: run the named kernel's structure on a CPU, with JAX looking for races; means
+        nothing to an implementation without a kernel.
 
     Returns:
       [..., N].
@@ -102,6 +107,8 @@ def codebook_matmuls(
     Returns:
       One [..., N_i] for each weight.
     """
+    if isinstance(weights, CodebookTensor):
+        raise TypeError("codebook_matmuls takes several weights; codebook_matmul takes one.")
     weights = tuple(weights)
     biases = (None,) * len(weights) if biases is None else tuple(biases)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
@@ -109,10 +116,12 @@ def codebook_matmuls(
             f"Unknown implementation {implementation!r}; there are {list(IMPLEMENTATIONS)}."
         )
     _check(x, weights, biases)
+    dtype = jnp.dtype(preferred_element_type or x.dtype)
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"The result must be bfloat16, float16 or float32, got {dtype}.")
     K = x.shape[-1]
     M = int(np.prod(x.shape[:-1]))
     rows = x.reshape(M, K)
-    dtype = jnp.dtype(preferred_element_type or x.dtype)
     results: list[Any] = [None] * len(weights)
     for members in _alike(weights):
         group = tuple(weights[i] for i in members)
@@ -150,7 +159,7 @@ def _alike(weights: Weights) -> list[list[int]]:
     groups: dict[Any, list[int]] = {}
     for i, w in enumerate(weights):
         groups.setdefault((w.spec, w.codebooks.dtype, w.scales.dtype), []).append(i)
-    return list(groups.values())
+    return [list(some) for all in groups.values() for some in itertools.batched(all, MOST_TOGETHER)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -250,6 +259,9 @@ def _check(x: jax.Array, weights: Weights, biases: Sequence[jax.Array | None]) -
         raise ValueError("Expected at least one weight, got none.")
     if len(biases) != len(weights):
         raise ValueError(f"Expected a bias (or None) a weight, {len(weights)}, got {len(biases)}.")
+    for name, value in (("x", x), *(("bias", bias) for bias in biases if bias is not None)):
+        if not hasattr(value, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(value).__name__}.")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"x must be bfloat16, float16 or float32, got {x.dtype}.")
     for w, bias in zip(weights, biases, strict=True):
@@ -257,11 +269,15 @@ def _check(x: jax.Array, weights: Weights, biases: Sequence[jax.Array | None]) -
         K, N = w.shape
         if x.ndim == 0 or x.shape[-1] != K:
             raise ValueError(f"x must be [..., K] with K = {K} of w {[K, N]}, got {list(x.shape)}.")
+        if bias is not None and bias.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"bias must be bfloat16, float16 or float32, got {bias.dtype}.")
         if bias is not None and bias.shape != (N,):
             raise ValueError(f"bias must be [N] with N = {N}, got {list(bias.shape)}.")
 
 
 def _check_weight(w: CodebookTensor) -> None:
+    if not isinstance(w, CodebookTensor):
+        raise TypeError(f"A weight must be a CodebookTensor, got {type(w).__name__}.")
     ranks = (w.codes.ndim, w.codebooks.ndim, w.scales.ndim)
     if ranks != (3, 3, 2):
         raise ValueError(f"Codes, codebooks and scales need ranks (3, 3, 2), got {ranks}.")
@@ -278,8 +294,11 @@ def _check_weight(w: CodebookTensor) -> None:
         # A code could point past the end, and no kernel looks.
         raise ValueError(f"A codebook must hold 2**b vectors, one for every code, got {size}.")
     K, N = w.shape
-    if w.scales.shape[0] == 0 or w.scales.shape[1] != N:
-        raise ValueError(f"scales must be [K // g, N] with N = {N}, got {list(w.scales.shape)}.")
+    groups = w.scales.shape[0]
+    if groups == 0 or K % groups or w.scales.shape[1] != N:
+        raise ValueError(
+            f"scales must be [K // g, N] with K = {K} and N = {N}, got {list(w.scales.shape)}."
+        )
     w.spec.check_shape(K, N)
 
 
@@ -294,9 +313,9 @@ def _refusal(
 ) -> str | None:
     device = _default_device()
     capability = _compute_capability(device)
-    if not interpret and capability < HOPPER:
+    if not interpret and capability != HOPPER:
         return (
-            f"it needs a GPU of compute capability {HOPPER} or more, and the default device is "
+            f"it needs a GPU of compute capability {HOPPER}, and the default device is "
             f"{device.device_kind} of compute capability {capability}"
         )
     reasons = (KERNELS[name].refusal(M, K, N, spec, dtype) for N in Ns)

@@ -1,10 +1,10 @@
 """Few rows times a codebook weight, on Hopper: vectors dequantized into the operands of mma.sync.
 
 A block owns some output features and walks K in steps; one warpgroup only copies x, packed words
-and scales through the TMA into rings in shared memory. Each other warp owns 16 output features and
-a part of every step: it looks codes up, adds the codebooks' entries in float16, and has a fragment
-of W.T, the first operand of mma.sync; rows of x are the second. Scales multiply the float32 sums
-over a group. At the end a block adds the sums of its parts.
+and scales through the TMA into rings in shared memory. Each other warp owns 16 or 32 output
+features and a part of every step: it looks codes up, adds the codebooks' entries in float16, and
+has a fragment of W.T, the first operand of mma.sync; rows of x are the second. Scales multiply the
+float32 sums over a group. At the end a block adds the sums of its parts.
 
 Letters: M rows, K input and N output features.
 
@@ -62,7 +62,8 @@ def matmul(
 
     Args:
       x: bf16 or f16 [M, K], at most 32 rows.
-      weights: share K, spec and dtype, each with its own codebooks and N.
+      weights: share K, spec and dtype, each with its own codebooks and N; sums of codebooks within
+        2**-14 to 2**15, as float16 holds them (and scales below 255 where g is 16 or 32).
       tiles: None lets `tiling` choose.
       interpret: run the kernel's structure on a CPU, with JAX looking for races.
       out_dtype: f32 results are not rounded.

@@ -29,9 +29,10 @@ SPAN_TILES = 2  # tiles of 64 along K
 SPAN = SPAN_TILES * K_TILE
 MMA_COLUMNS = 16  # rows of the first operand of an mma
 MIN_WARPS, MAX_WARPS = 6, 16
-MAX_ROWS = 32  # from which wgmma is faster
+MAX_ROWS = 32  # above which wgmma is faster with any number of codebooks
 STAGES = (8, 4, 2)  # powers of two, by which a remainder is a mask
 CANDIDATES = 6
+MOST_SCALE_BYTES = 4  # candidates serve weights of every dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
         tiles = Tiling(rows, columns, width, parts, STAGES[0])
         aligned = tiles.step % spec.group_size == 0 or spec.group_size % tiles.step == 0
         if MIN_WARPS <= tiles.warps <= MAX_WARPS and aligned and (tiles.step <= K or parts == 1):
-            tiles = fitting(tiles, spec)
+            tiles = fitting(tiles, spec, MOST_SCALE_BYTES)
             if tiles.stages:
                 found.append(tiles)
     return sorted(found, key=lambda tiles: _cost(tiles, K, N, spec))[:CANDIDATES]

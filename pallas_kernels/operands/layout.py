@@ -59,7 +59,7 @@ def table_shape(spec: CodebookSpec) -> tuple[int, int, int, int]:
 
 
 def word_rows(spec: CodebookSpec) -> int:
-    """Packed words along the K of a part of a step."""
+    """Packed words along a tile of 64."""
     return K_TILE // (spec.vector_length * spec.codes_per_word)
 
 

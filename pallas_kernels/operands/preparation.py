@@ -30,7 +30,7 @@ def padded(w: CodebookTensor) -> CodebookTensor:
 
 
 def half_tiles(x: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
-    """x [M, K] as wgmma reads it, each row over a power of two that brings it to float16's range.
+    """x [M, K] as tensor cores read it, each row over a power of two that suits float16.
 
     Returns:
       f16 [ceil(K / 64), M, 64] with the inputs of 64 in the order of a fragment, and f32 [M], the

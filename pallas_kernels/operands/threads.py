@@ -3,8 +3,8 @@
 Each function is one primitive of a warpgroup; `interpreted` has its twin in jnp. Along K, 4 lanes q
 of a warp share a column, and each holds 16 neighbouring weights of a tile of 64, whole codebook
 vectors: input 16 q + 2 i + e of a tile (i < 8, e < 2) stands at 8 i + 2 q + e in a fragment, and in
-x. The table in shared memory repeats every codebook vector over 128 bytes, and lane l reads copy l:
-whatever the codes, no two lanes meet in a bank.
+x. The table in shared memory repeats every codebook vector over 128 bytes, and neighbouring lanes
+read neighbouring copies: whatever the codes, lanes that are served together meet in no bank.
 
 Letters: m codebooks, b bits a code, v weights a code, c a codebook, s a step of 16 along K, p its
 first or second half, h one of a lane's two neighbouring columns.

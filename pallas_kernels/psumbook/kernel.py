@@ -41,6 +41,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxcodec.pallas_kernels.mosaic import compiler_params, interpreter
 from jaxcodec.pallas_kernels.psumbook import interpreted, threads
 from jaxcodec.pallas_kernels.psumbook.plan import (
     SUM_COLUMNS,
@@ -264,12 +265,8 @@ def _kernel(body, *, out_type, scratch_types, grid, warpgroups, interpret):
         grid_names=("row", "block"),
         num_threads=warpgroups,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            # What shared memory holds is written before a barrier of the block and read after it.
-            unsafe_no_auto_barriers=True,
-        ),
-        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        compiler_params=compiler_params(),
+        interpret=interpreter(interpret),
     )
 
 

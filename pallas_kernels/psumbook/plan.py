@@ -7,7 +7,6 @@ table lies in shared memory at one time; a *span* is the columns that a warpgrou
 
 import bisect
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +21,7 @@ from jaxcodec.spec import CodebookSpec
 WARP, WARPGROUP = 32, 128
 QUAD = 4  # segments, whose entries share a row of the table
 COPIES = 32  # of a word, one for each bank: two 16-bit entries, or a float32 one in half as many
+MAX_ROWS = 64  # far beyond those where anything else is slower
 TABLE_BYTES = 192 * 1024  # of the 227 KiB that a block may have: x and maxima need the rest
 MULTIPROCESSORS = 132  # of an H100
 WARPGROUPS = 4  # of wide blocks: 3, 6 and 7 were slower, 8 no faster
@@ -232,8 +232,8 @@ def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str
     del dtype  # all of bf16, f16 and f32
     if spec.bits > 8:
         return f"its Psumbook has at most 2**8 entries a codebook, and {spec} has b = {spec.bits}"
-    if M < 1:
-        return f"it needs at least one row of x, got M = {M}"
+    if not 1 <= M <= MAX_ROWS:
+        return f"it reads the codes once a row, for 1 to {MAX_ROWS} rows of x, got M = {M}"
     if N < 1:
         return f"it needs at least one column, got N = {N}"
     word = spec.codes_per_word * spec.vector_length
@@ -242,6 +242,9 @@ def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str
             f"a packed word holds {spec.codes_per_word} v = {word} input features, which must "
             f"divide g = {spec.group_size} and K = {K}"
         )
+    code_bytes = 4 * spec.num_codebooks * (K // word) * N
+    if code_bytes >= 2**31:
+        return f"its offsets have 32 bits, and the codes {code_bytes} bytes"
     return None
 
 
@@ -254,7 +257,6 @@ def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
     return candidates(M, K, N, spec)[0]
 
 
-@functools.cache
 def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     """At most 6 tilings worth timing, the one of `tiling` first; raises as `tiling` does."""
     if reason := refusal(M, K, N, spec, jnp.dtype(jnp.float32)):

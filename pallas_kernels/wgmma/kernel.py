@@ -68,7 +68,8 @@ def matmul(
 
     Args:
       x: bf16 or f16 [M, K].
-      weights: share K, spec and dtype, each with its own codebooks and N; |w| < 2**8 everywhere.
+      weights: share K, spec and dtype, each with its own codebooks and N; sums of codebooks within
+        2**-14 to 2**15 and scales below 255, as float16 holds them and 2**8 times the scales.
       tiles: None lets `tiling` choose.
       interpret: run the kernel's structure on a CPU, with JAX looking for races.
       out_dtype: f32 results are not rounded.
@@ -104,7 +105,10 @@ def _kernel(
     """Products over each split of K, [splits, M, N_i], of what `half_tiles` gives for x."""
     spec, scales_dtype = weights[0].spec, weights[0].scales.dtype
     M, K = x.shape[1], weights[0].shape[0]
-    tiles = fitting(tiles, spec, scales_dtype.itemsize)
+    found = fitting(tiles, spec, scales_dtype.itemsize)
+    if found.stages < 2:  # the copies of a step wait for the step before
+        raise ValueError(f"{tiles} needs more shared memory than a block has for {spec}.")
+    tiles = found
     plan = Plan.of(M, K, [w.shape[1] for w in weights], tiles)
     clustered = tiles.cluster > 1
 

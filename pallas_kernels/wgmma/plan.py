@@ -89,7 +89,7 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     for (rows, strips, parts), split, cluster in itertools.product(blocks, splits, (1, 2)):
         if parts > 1 and cluster > 1:
             continue  # few rows, of which each block reads little
-        tiles = fitting(Tiling(rows, strips, MAX_STAGES, parts, split, cluster), spec)
+        tiles = fitting(Tiling(rows, strips, MAX_STAGES, parts, split, cluster), spec, 4)
         if tiles.stages >= 2:
             found.append(tiles)
     return sorted(found, key=lambda tiles: _microseconds(tiles, M, K, N, spec))[:CANDIDATES]
@@ -106,11 +106,12 @@ def _suits(rows: int, strips: int, parts: int, M: int, spec: CodebookSpec) -> bo
 
 
 def fitting(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> Tiling:
-    """The same tiles with no more stages than shared memory holds."""
-    stages = tiles.stages
-    while shared_bytes(dataclasses.replace(tiles, stages=stages), spec, scale_bytes) > SHARED_BYTES:
-        stages -= 1
-    return dataclasses.replace(tiles, stages=stages)
+    """The same tiles with no more stages than shared memory holds; 0 if it holds none."""
+    for stages in range(tiles.stages, 0, -1):
+        found = dataclasses.replace(tiles, stages=stages)
+        if shared_bytes(found, spec, scale_bytes) <= SHARED_BYTES:
+            return found
+    return dataclasses.replace(tiles, stages=0)
 
 
 def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcodec.pallas_kernels import matmul as matmul_module
 from jaxcodec.pallas_kernels.matmul import KERNELS, choose, codebook_matmul, codebook_matmuls
 from jaxcodec.pallas_kernels.shapes import TINY
 from jaxcodec.spec import CodebookSpec
@@ -288,6 +289,42 @@ def test_wrong_dtype_is_named(dtype):
         codebook_matmul(x, dataclasses.replace(w, codes=w.codes.astype(jnp.int32)))
     with pytest.raises(TypeError, match=f"scales must be .* got {jnp.dtype(dtype).name}"):
         codebook_matmul(x, dataclasses.replace(w, scales=w.scales.astype(dtype)))
+
+
+def test_results_have_a_float_dtype():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(TypeError, match="result must be .* got int8"):
+        codebook_matmul(x, w, preferred_element_type=jnp.int8)
+    with pytest.raises(TypeError, match="bias must be .* got complex64"):
+        codebook_matmul(x, w, jnp.zeros(w.shape[1], jnp.complex64))
+
+
+def test_what_is_no_array_or_weight_is_named():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    with pytest.raises(TypeError, match="x must be an array, got list"):
+        codebook_matmul([1.0], w)
+    with pytest.raises(TypeError, match="must be a CodebookTensor, got ArrayImpl"):
+        codebook_matmul(x, x)
+    with pytest.raises(TypeError, match="codebook_matmul takes one"):
+        codebook_matmuls(x, w)
+
+
+@pytest.mark.parametrize("capability", ["8.0", "10.0", "12.0"])
+def test_kernels_are_for_hopper_alone(monkeypatch, capability):
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "Some GPU", capability
+
+    monkeypatch.setattr(matmul_module, "_default_device", Device)
+    for M in (1, 8, 64):
+        spec = CodebookSpec.parse("m2v8g128")
+        assert choose(M, 4096, [4096], spec, jnp.bfloat16) == "dequantize"
+
+
+def test_more_weights_than_a_launch_takes():
+    x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
+    ys = codebook_matmuls(x, [w] * 17)
+    assert len(ys) == 17
+    np.testing.assert_array_equal(ys[16], codebook_matmul(x, w))
 
 
 def test_wrong_scales_and_no_columns_are_refused():
