@@ -9,32 +9,25 @@ scale. Source: CodeGEMM (arXiv 2512.17970) section 3.
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcodec.pallas_kernels import mma, psumbook, tuning, wgmma
+from jaxcodec.pallas_kernels import tuning
+from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.pallas_kernels.partitioning import partitioned
-from jaxcodec.pallas_kernels.reference import dequantized, reference
-from jaxcodec.pallas_kernels.reference import psumbook as psumbook_reference
+from jaxcodec.pallas_kernels.reference import dequantized, psumbook, reference
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import FLOAT_DTYPES, CodebookTensor
 
 Weights = tuple[CodebookTensor, ...]
 
-# Kernels for Hopper GPUs, each a package with refusal, tiling, candidates and matmul.
-KERNELS: dict[str, ModuleType] = {
-    "psumbook_mosaic": psumbook,
-    "mma_mosaic": mma,
-    "wgmma_mosaic": wgmma,
-}
 PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "reference": reference,
     "dequantize": dequantized,
-    "psumbook": psumbook_reference,
+    "psumbook": psumbook,
 }
 MOST_TOGETHER = 16  # weights of a launch, whose plans are made for a handful
 IMPLEMENTATIONS = (*KERNELS, *PLAIN)

@@ -22,6 +22,8 @@ from jaxcodec.tensor import CodebookTensor
 # (x [M, K], weights [K, N_i], dtype of the results) -> [M, N_i]
 Multiply = Callable[[jax.Array, tuple[CodebookTensor, ...], jnp.dtype], Sequence[jax.Array]]
 
+Axes = str | tuple[str, ...] | None  # of a mesh, that cut one dimension
+
 
 def partitioned(multiply: Multiply, dtype: jnp.dtype) -> Callable[..., list[jax.Array]]:
     """`multiply` as a function of (x, weights) that XLA's partitioner can split.
@@ -78,18 +80,21 @@ def _einsum(weights: int, x_k: str, codes_k: str, scales_k: str, reduction, whol
 
 
 def _partition(multiply: Multiply, dtype: jnp.dtype, mesh: Mesh, operands, results):
-    """Shardings that agree with each other, and the local call between them."""
+    """Shardings that agree with each other, and the local call between them.
+
+    Each mesh axis cuts one dimension: K before rows, and rows before N.
+    """
     x, weights = operands
-    row = x.sharding.spec[0]
     k = weights[0].codes.sharding.spec[1]
     K, spec = x.shape[1], CodebookSpec(*_format(weights[0]))
     if k is not None and not _divides(K, _devices(mesh, k), spec):
         k = None
+    row = _without(x.sharding.spec[0], k)
     whole = weights[0].scales.shape[0] == 1  # one scale for all of K is everybody's
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
     inputs, outputs = [place(row, k)], []
     for result in results:
-        n = result.sharding.spec[1]
+        n = _without(result.sharding.spec[1], row, k)
         inputs += [place(None, k, n), place(), place(None if whole else k, n)]
         outputs.append(place(row, n))
 
@@ -110,10 +115,19 @@ def _format(w: Any) -> tuple[int, int, int, int]:
     return m, v, K // w.scales.shape[0], b
 
 
-def _devices(mesh: Mesh, names: str | tuple[str, ...]) -> int:
-    names = (names,) if isinstance(names, str) else names
+def _names(axes: Axes) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def _without(axes: Axes, *taken: Axes) -> Axes:
+    """The mesh axes of a dimension that cut none of those in `taken`; None if none is left."""
+    used = {name for others in taken for name in _names(others)}
+    return tuple(name for name in _names(axes) if name not in used) or None
+
+
+def _devices(mesh: Mesh, axes: Axes) -> int:
     count = 1
-    for name in names:
+    for name in _names(axes):
         count *= mesh.shape[name]
     return count
 

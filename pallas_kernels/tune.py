@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcodec.pallas_kernels import tuning
-from jaxcodec.pallas_kernels.matmul import KERNELS
+from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
 from jaxcodec.pallas_kernels.timing import kernel_time, rotation
@@ -54,7 +54,9 @@ class Options:
       shapes: weights as K x N, or K x N1+N2 for several that share x; default Llama-3.1-8B's.
       specs: formats, such as m2v8g128.
       rows: numbers of rows of x; calls between two of them use the entry of the larger.
-      out: the table; default: the one of this device in the user's directory.
+      out: the table; default: that of this device in the user's directory. codebook_matmul reads
+        only tables in `tuning.user_directory()` ($JAXCODEC_TUNING, else ~/.cache/jaxcodec/tuning)
+        under the device's name.
       again: measure what the table already has.
     """
 
@@ -107,7 +109,16 @@ def parse_shape(text: str) -> tuple[int, tuple[int, ...]]:
 
 
 def tasks(options: Options) -> list[Task]:
-    """Everything that the options ask for, all rows of a shape together."""
+    """Everything that the options ask for, all rows of a shape together.
+
+    Raises:
+      ValueError: no shapes, formats or rows, or some that cannot be.
+    """
+    for name in ("shapes", "specs", "rows"):
+        if not getattr(options, name):
+            raise ValueError(f"{name} must not be empty.")
+    if (fewest := min(options.rows)) < 1:
+        raise ValueError(f"rows must be at least 1, got {fewest}.")
     pairs = itertools.product(options.shapes, options.specs)
     found = []
     for shape, text in pairs:
@@ -192,10 +203,10 @@ def _relative_error(actual: jax.Array, wanted: jax.Array) -> float:
 
 
 def tune(options: Options) -> Path:
-    """Measure what the table lacks; return the path of the table.
+    """Measure what the table lacks; return its path, where no file is if nothing was measured.
 
     Raises:
-      ValueError: a shape or format that cannot be.
+      ValueError: a shape, format or number of rows that cannot be, or a file that is no table.
       RuntimeError: no NVIDIA GPU.
     """
     from rich.progress import track
@@ -211,6 +222,8 @@ def tune(options: Options) -> Path:
     progress = iter(track(range(len(missing)), description="tuning"))
     for task, outcomes in _outcomes(missing):
         next(progress)
+        if not outcomes:
+            print(f"{task}: no kernel can run it.", file=sys.stderr)
         for failure in outcomes:
             if isinstance(failure, str):
                 print(failure, file=sys.stderr)
@@ -244,7 +257,8 @@ def main() -> None:
     import tyro
 
     try:
-        print(f"Written to {tune(tyro.cli(Options))}.")
+        path = tune(tyro.cli(Options))
+        print(f"Written to {path}." if path.exists() else "Nothing measured.")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"jaxcodec.pallas_kernels.tune: {error}")
 

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcodec.checkpoints.files import read_json, replacement
+from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.spec import CodebookSpec
 
 # Rows up to which the kernels won on the H100 where nothing else is known; see the figure of time
@@ -39,8 +41,8 @@ class Entry:
       K: input features.
       N: output features of each weight of the launch.
       M: rows of x.
-      kernel: module of pallas_kernels, such as `mma_mosaic`.
-      tiles: fields of that module's Tiling.
+      kernel: name of one of KERNELS, such as `mma_mosaic`.
+      tiles: fields of that kernel's Tiling.
       us: microseconds of kernel time.
     """
 
@@ -97,10 +99,14 @@ def preferences(M: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]
 
 @functools.cache
 def table(device_kind: str) -> Table:
-    """The table of a kind of device, such as "NVIDIA H100 80GB HBM3"; empty if never tuned."""
+    """The table of a kind of device, such as "NVIDIA H100 80GB HBM3"; empty if never tuned.
+
+    Raises:
+      ValueError: a file in the place of a table is none; see `read`.
+    """
     name = file_name(device_kind)
     paths = (Path(__file__).parent / "tuning" / name, user_directory() / name)
-    return Table.of(entry for path in paths if path.exists() for entry in read(path))
+    return Table.of(entry for path in paths if os.path.exists(path) for entry in read(path))
 
 
 def user_directory() -> Path:
@@ -117,17 +123,72 @@ def file_name(device_kind: str) -> str:
 def read(path: Path) -> list[Entry]:
     """Entries of a file that `write` wrote.
 
+    Entries of kernels or tiles that this version does not have are left out, and a warning tells
+    how many: a table that an older version wrote serves for the rest.
+
     Raises:
       ValueError: the file is not such a table, with the reason.
     """
     try:
-        rows = read_json(path)["entries"]
-        return [Entry(N=tuple(row.pop("N")), **row) for row in rows]
-    except (ValueError, KeyError, TypeError) as error:
+        rows = read_json(path).get("entries")
+        if not isinstance(rows, list):
+            raise ValueError("it has no list of entries")
+        entries = [_entry(row) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{path} is not a table of tile sizes ({error}); delete it or run "
+            f"{path} is not a table of tile sizes ({error}); delete it, then run "
             "python -m jaxcodec.pallas_kernels.tune again."
         ) from None
+    known = [entry for entry in entries if _is_known(entry)]
+    if left_out := len(entries) - len(known):
+        warnings.warn(
+            f"{path}: {left_out} of {len(entries)} entries are left out, because this version has "
+            "no such kernels or tiles; python -m jaxcodec.pallas_kernels.tune measures anew.",
+            stacklevel=2,
+        )
+    return known
+
+
+def _entry(row: Any) -> Entry:
+    """The entry that a row of a file holds.
+
+    Raises:
+      ValueError: fields that are not those of an entry, or a value that cannot be.
+    """
+    fields = [field.name for field in dataclasses.fields(Entry)]
+    if not isinstance(row, dict) or sorted(row) != sorted(fields):
+        raise ValueError(f"an entry has the fields {', '.join(fields)}, got {str(row)[:200]}")
+    spec, K, N, M, kernel, tiles, us = (row[name] for name in fields)
+    right = {
+        "spec": isinstance(spec, str),
+        "K": _is_positive(K),
+        "N": isinstance(N, list) and len(N) > 0 and all(map(_is_positive, N)),
+        "M": _is_positive(M),
+        "kernel": isinstance(kernel, str),
+        "tiles": isinstance(tiles, dict) and all(map(_is_positive, tiles.values())),
+        "us": type(us) in (int, float) and 0 < us < float("inf"),
+    }
+    if wrong := [f"{name} = {str(row[name])[:80]}" for name in fields if not right[name]]:
+        raise ValueError(f"an entry has {', '.join(wrong)}")
+    if kernel == "mma_mosaic" and tiles.get("rows", M) < M:
+        # Its one block holds all rows, and would read past its sums.
+        raise ValueError(f"an entry of {kernel} has M = {M} but tiles of {tiles['rows']} rows")
+    return Entry(spec, K, tuple(N), M, kernel, tiles, us)
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) is int and value > 0  # True is none
+
+
+def _is_known(entry: Entry) -> bool:
+    """Whether this version has the kernel, with tiles of these fields."""
+    if entry.kernel not in KERNELS:
+        return False
+    try:
+        KERNELS[entry.kernel].Tiling(**entry.tiles)
+    except TypeError:  # a field too many or too few
+        return False
+    return True
 
 
 def write(path: Path, head: Mapping[str, Any], entries: Iterable[Entry]) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxcodec.pallas_kernels import partitioning
 from jaxcodec.pallas_kernels.matmul import codebook_matmuls
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.spec import CodebookSpec
@@ -47,6 +48,45 @@ def test_split_equals_whole(text, axis):
     compiled = multiply.lower(x_split, weights).compile().as_text() or ""
     assert "all-gather" not in compiled
     assert ("all-reduce" in compiled) == (axis == "K")
+
+
+@needs_four
+@pytest.mark.parametrize(
+    ("rows", "k", "axis"),
+    [
+        (("data", "model"), None, "N"),
+        (("model", "data"), None, "N"),
+        ("model", None, "N"),
+        ("model", "data", "N"),
+        (("data", "model"), None, "K"),
+        ("model", None, "K"),
+        ("model", "data", "K"),
+    ],
+)
+def test_an_axis_cuts_one_dimension(rows, k, axis):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    spec = CodebookSpec.parse("m2v8g128")
+    whole = [random_codebook_tensor(jax.random.key(N), spec, K, N, "float32") for N in NS]
+    weights = [split(mesh, w, axis) for w in whole]
+    x = jax.random.normal(jax.random.key(1), (8, K))
+    ys = jax.jit(codebook_matmuls)(place(mesh, x, rows, k), weights)
+    for y, w in zip(ys, whole, strict=True):
+        np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("axes", "taken", "left"),
+    [
+        (None, (None,), None),
+        ("model", (None, "data"), ("model",)),
+        ("model", ("model",), None),
+        (("data", "model"), ("model", None), ("data",)),
+        ("model", (("data", "model"), None), None),
+        (("a", "b", "c"), ("c", ("d", "a")), ("b",)),
+    ],
+)
+def test_axes_that_are_left(axes, taken, left):
+    assert partitioning._without(axes, *taken) == left
 
 
 @needs_four

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import sys
 
 import jax.numpy as jnp
 import pytest
 
 from jaxcodec.pallas_kernels import tune, tuning
-from jaxcodec.pallas_kernels.matmul import KERNELS
+from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.spec import CodebookSpec
 
 SPEC = CodebookSpec.parse("m2v8g128")
-ENTRY = tuning.Entry("m2v8g128", 4096, (4096,), 4, "mma_mosaic", {"warps": 8}, 6.5)
+TILES = {"rows": 16, "columns": 32, "width": 16, "parts": 4, "stages": 4}
+ENTRY = tuning.Entry("m2v8g128", 4096, (4096,), 4, "mma_mosaic", TILES, 6.5)
 MORE = dataclasses.replace(ENTRY, M=16, us=9.0)
 
 
@@ -58,12 +60,79 @@ def test_the_users_table_goes_before_the_packages(user_directory):
     assert set(after.entries) == {*before.entries, ENTRY.key[:3]}
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"entries": [{"spec": "m2v8g128"}]}'])
+REFUSED = r"device\.json is not a table of tile sizes \(.*{}.*\); delete it, then run python -m"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", "\x00", '{"entries": 5}', '{"entries": {}}', '{"entries": null}'),
+        *('{"entries": [[]]}', '{"entries": [7]}', '{"entries": [{"spec": "m2v8g128"}]}'),
+        '{"entries": ' + 100_000 * "[",
+    ],
+)
 def test_a_broken_table_is_refused_by_name(tmp_path, text):
     path = tmp_path / "device.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"device\.json"):
+    with pytest.raises(ValueError, match=REFUSED.format("")):
         tuning.read(path)
+
+
+def write_rows(path, *changes):
+    """A table of ENTRY with other values, and as JSON has it."""
+    rows = [dataclasses.asdict(ENTRY) | change for change in changes]
+    path.write_text(json.dumps({"entries": rows}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("spec", [None, 3]),
+        ("K", [0, -4096, 4096.0, "4096", True, None]),
+        ("N", [4096, [], [0], ["4096"], [[4096]], "4096", None]),
+        ("M", [0, 4.0, [4], False]),
+        ("kernel", [None, ["mma_mosaic"], 3]),
+        ("tiles", [None, [], {"rows": 0}, TILES | {"stages": "4"}, TILES | {"parts": 1.5}]),
+        ("us", [0, -1.0, "6.5", None, True, float("nan"), float("inf")]),
+        ("more", [1]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_name(tmp_path, field, values):
+    for value in values:
+        path = write_rows(tmp_path / "device.json", {}, {field: value})
+        with pytest.raises(ValueError, match=REFUSED.format(field)):
+            tuning.read(path)
+
+
+def test_mma_tiles_of_fewer_rows_than_the_entry_are_refused(tmp_path):
+    path = write_rows(tmp_path / "device.json", {"M": 16}, {"M": 17})
+    with pytest.raises(ValueError, match=REFUSED.format("M = 17 but tiles of 16 rows")):
+        tuning.read(path)
+    tiles = dataclasses.asdict(KERNELS["wgmma_mosaic"].tiling(64, 4096, 4096, SPEC))
+    change = {"M": 1024, "kernel": "wgmma_mosaic", "tiles": tiles}
+    assert len(tuning.read(write_rows(path, change))) == 1  # which walks tiles of rows
+
+
+def test_a_directory_in_place_of_a_table_is_refused_by_name(user_directory):
+    (user_directory / "device.json").mkdir()
+    with pytest.raises(ValueError, match=REFUSED.format("")):
+        tuning.table("Device")
+
+
+def test_entries_of_other_versions_are_left_out_with_a_warning(user_directory):
+    fewer = {name: value for name, value in TILES.items() if name != "parts"}
+    path = write_rows(
+        user_directory / "device.json",
+        *({}, {"M": 5, "kernel": "future"}, {"M": 6, "tiles": TILES | {"warps": 8}}),
+        *({"M": 7, "tiles": fewer}, {"M": 8, "tiles": {}}),
+    )
+    with pytest.warns(UserWarning, match=r"device\.json: 4 of 5 entries are left out") as told:
+        table = tuning.table("Device")
+    assert len(told) == 1
+    assert table.entries == {ENTRY.key[:3]: (ENTRY,)}
+    tuning.write(path, {"device": "Device"}, [ENTRY])
+    assert tuning.read(path) == [ENTRY]
 
 
 def test_a_device_that_was_never_tuned_has_an_empty_table():
@@ -89,6 +158,12 @@ def test_tasks_of_the_tuner():
         tune.tasks(dataclasses.replace(options, shapes=("4096",)))
     with pytest.raises(ValueError, match="K = 100"):
         tune.tasks(dataclasses.replace(options, shapes=("100x64",)))
+    for rows in (0, -3):
+        with pytest.raises(ValueError, match=f"rows must be at least 1, got {rows}"):
+            tune.tasks(dataclasses.replace(options, rows=(8, rows)))
+    for name in ("shapes", "specs", "rows"):
+        with pytest.raises(ValueError, match=f"{name} must not be empty"):
+            tune.tasks(dataclasses.replace(options, **{name: ()}))
 
 
 def faked(monkeypatch, us):
@@ -105,8 +180,12 @@ def faked(monkeypatch, us):
         platform, device_kind = "gpu", "Some GPU"
 
     def calls(task):
-        tiles = KERNELS["psumbook_mosaic"].tiling(task.M, task.K, sum(task.Ns), task.spec)
-        return {(name, tiles): tune.functools.partial(print, name=name) for name in KERNELS}
+        return {
+            (name, KERNELS[name].tiling(task.M, task.K, sum(task.Ns), task.spec)): (
+                tune.functools.partial(print, name=name)
+            )
+            for name in KERNELS
+        }
 
     monkeypatch.setattr(tune, "rotation", lambda call, operands: call)
     monkeypatch.setattr(tune, "kernel_time", kernel_time)
@@ -128,6 +207,62 @@ def test_the_fastest_that_runs_is_kept_and_a_second_run_goes_on(monkeypatch, cap
     faked(monkeypatch, {"psumbook_mosaic": 3.0})
     tune.tune(dataclasses.replace(options, again=True))
     assert [e.us for e in tuning.read(path)] == [3.0]
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["tune", *map(str, arguments)])
+    tune.main()
+
+
+ONE = ("--shapes", "128x128", "--specs", "m2v8g128", "--rows", "1")
+
+
+def test_the_command_tells_where_the_table_is(monkeypatch, capsys, tmp_path):
+    faked(monkeypatch, dict.fromkeys(KERNELS, 7.0))
+    path = tmp_path / "other.json"
+    run_main(monkeypatch, *ONE, "--out", path)
+    assert capsys.readouterr().out.endswith(f"Written to {path}.\n")
+    assert len(tuning.read(path)) == 1
+    faked(monkeypatch, {})  # all fail, and the table stays
+    run_main(monkeypatch, *ONE, "--out", path, "--again")
+    assert capsys.readouterr().out.endswith(f"Written to {path}.\n")
+
+
+def test_the_command_tells_that_nothing_was_measured(monkeypatch, capsys, user_directory):
+    faked(monkeypatch, {})
+    monkeypatch.setattr(tune, "calls", lambda task: {})
+    run_main(monkeypatch, *ONE)
+    told = capsys.readouterr()
+    assert told.out.endswith("Nothing measured.\n")
+    assert "Written" not in told.out
+    assert "m2v8g128 128x128 M=1: no kernel can run it." in told.err
+    assert not list(user_directory.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--rows", "0"), "rows must be at least 1, got 0"),
+        (("--shapes",), "shapes must not be empty"),
+        (("--shapes", "4096"), "such as 4096x14336"),
+        (("--specs", "m9"), "such as m2v8g128"),
+        ((*ONE, "--out", "broken"), "broken is not a table of tile sizes"),
+        ((*ONE, "--out", "."), r"\. is not a table of tile sizes"),
+    ],
+)
+def test_the_command_ends_with_one_sentence(monkeypatch, tmp_path, arguments, reason):
+    faked(monkeypatch, {})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").write_text('{"entries": [[]]}')
+    with pytest.raises(SystemExit, match=rf"jaxcodec.pallas_kernels.tune: .*{reason}"):
+        run_main(monkeypatch, *arguments)
+
+
+def test_the_help_tells_which_tables_are_read(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--help")
+    told = "".join(c for c in capsys.readouterr().out if c.isalnum() or c in "_./$")
+    assert "codebook_matmulreadsonlytablesintuning.user_directory" in told
 
 
 def test_tuning_needs_a_gpu():
