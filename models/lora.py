@@ -7,6 +7,7 @@ Letters: K input and N output features of a linear, R rank.
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,21 @@ class Adapter:
       weights: for each path such as `layers.0.self_attn.q_proj`, (A [K, R], B [R, N]).
       rank: R.
       alpha: the product x A B is scaled by alpha / rank.
+
+    Raises:
+      ValueError: a rank that is no whole number from 1 on, or an alpha that is not finite.
     """
 
     weights: dict[str, tuple[jax.Array, jax.Array]]
     rank: int
     alpha: float
+
+    def __post_init__(self) -> None:
+        rank, alpha = self.rank, self.alpha
+        if not isinstance(rank, int) or rank < 1 or not math.isfinite(alpha):
+            raise ValueError(
+                f"An adapter's rank must be 1 or more and its alpha finite, got {rank}, {alpha}."
+            )
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -149,7 +160,8 @@ def set_adapter(model: Model, adapter: Adapter | None, slot: int | jax.Array) ->
     Pure and differentiable in the adapter: training puts its adapter into a bank of one slot.
 
     Raises:
-      ValueError: no bank, a rank beyond the bank's, a target without room, or a wrong shape.
+      ValueError: no bank, a rank beyond the bank's, no weights, a target without room, or shapes
+        other than [K, R] and [R, N].
     """
     bank = _check_fits(model, adapter)
     if isinstance(slot, int) and not 0 <= slot < bank.slots:
@@ -161,7 +173,7 @@ def set_adapter(model: Model, adapter: Adapter | None, slot: int | jax.Array) ->
         if isinstance(variable, nnx.LoRAParam):
             linear, name = ".".join(map(str, path[:-1])), str(path[-1])
             stack = variable.get_value()
-            row = _padded(given.get(linear), name, scale, stack, bank.rank, linear)
+            row = _padded(given.get(linear), name, scale, stack, bank.rank)
             variable = nnx.LoRAParam(stack.at[slot].set(row.astype(stack.dtype)))
         filled.append((path, variable))
     return Model(model.config, nnx.from_flat_state(filled), model.specs, bank)
@@ -178,7 +190,7 @@ def slot_values(model: Model, adapter: Adapter | None) -> list[np.ndarray]:
     """What `set_adapter` would write to each array of the bank, in order, on the host.
 
     Raises:
-      ValueError: as `set_adapter`.
+      ValueError: as `set_adapter`, or a value that is not finite in the bank's type.
     """
     bank = _check_fits(model, adapter)
     given = {} if adapter is None else jax.tree.map(np.asarray, adapter.weights)
@@ -188,8 +200,11 @@ def slot_values(model: Model, adapter: Adapter | None) -> list[np.ndarray]:
         if isinstance(variable, nnx.LoRAParam):
             linear, name = ".".join(map(str, path[:-1])), str(path[-1])
             stack = variable.get_value()
-            value = _padded(given.get(linear), name, scale, stack, bank.rank, linear, np)
-            values.append(value.astype(stack.dtype))
+            value = _padded(given.get(linear), name, scale, stack, bank.rank, np)
+            value = value.astype(stack.dtype)
+            if not np.all(np.isfinite(value.astype(np.float32))):
+                raise ValueError(f"The adapter holds NaN or infinity in {name} of {linear}.")
+            values.append(value)
     return values
 
 
@@ -207,15 +222,25 @@ def _check_fits(model: Model, adapter: Adapter | None) -> AdapterBank:
         raise ValueError("The model has no adapter bank; make one with `with_bank`.")
     if adapter is None:
         return bank
+    if not adapter.weights:
+        raise ValueError("The adapter holds no weights.")
     if adapter.rank > bank.rank:
         raise ValueError(
             f"Adapter of rank {adapter.rank} in a bank of rank {bank.rank}: make the bank wider."
         )
     if missing := sorted(set(adapter.targets) - set(bank.targets)):
         raise ValueError(f"The adapter changes {missing}, the bank has room for {bank.targets}.")
-    known = {path for path, _ in linear_shapes(model.config)}
-    if unknown := sorted(set(adapter.weights) - known):
+    shapes = dict(linear_shapes(model.config))
+    if unknown := sorted(set(adapter.weights) - set(shapes)):
         raise ValueError(f"The adapter changes {unknown}, which the model does not have.")
+    for path, (a_kr, b_rn) in adapter.weights.items():
+        K, N = shapes[path]
+        expected = (K, adapter.rank), (adapter.rank, N)
+        if (a_kr.shape, b_rn.shape) != expected:
+            raise ValueError(
+                f"{path}: A and B must be {list(expected[0])} and {list(expected[1])} for rank "
+                f"{adapter.rank}, got {list(a_kr.shape)} and {list(b_rn.shape)}."
+            )
     return bank
 
 
@@ -225,7 +250,6 @@ def _padded(
     scale: float,
     stack: jax.Array,
     rank: int,
-    linear: str,
     numpy: Any = jnp,
 ) -> Any:
     """A [K, R] or scaled B [R, N], padded with zeros to the bank's rank; by jnp or numpy."""
@@ -234,10 +258,4 @@ def _padded(
     value, axis = (pair[0], 1) if name == "lora_a" else (pair[1] * scale, 0)
     pad = [(0, 0), (0, 0)]
     pad[axis] = (0, rank - value.shape[axis])
-    value = numpy.pad(value, pad)
-    if value.shape != stack.shape[1:]:
-        raise ValueError(
-            f"{linear}: {name} must be {list(stack.shape[1:])} after padding to rank {rank}, "
-            f"got {list(value.shape)}."
-        )
-    return value
+    return numpy.pad(value, pad)

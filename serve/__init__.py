@@ -3,6 +3,8 @@
 from jaxcodec.serve.async_engine import AsyncEngine as AsyncEngine
 from jaxcodec.serve.batch_loop import generate as generate
 from jaxcodec.serve.batch_loop import stream as stream
+from jaxcodec.serve.buckets import Buckets as Buckets
+from jaxcodec.serve.compilation import use_compilation_cache as use_compilation_cache
 from jaxcodec.serve.engine import Engine as Engine
 from jaxcodec.serve.request import QueueFull as QueueFull
 from jaxcodec.serve.request import Request as Request

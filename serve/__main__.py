@@ -6,9 +6,10 @@
 A line of the file is {"model": "sums", "prompt": "..."}; see `jaxcodec.serve.jsonl`.
 """
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from jaxcodec.models.load import load_model
@@ -32,7 +33,7 @@ class Options:
     Attributes:
       model: directory of the base model, dense or quantized, with its tokenizer.
       prompts: JSONL of {"prompt", "model", "id", and fields of SamplingParams}.
-      out: JSONL of the answers, in the order of the prompts.
+      out: JSONL of the answers, in the order of the prompts; also of a run that was stopped.
       icarus: NAME=DIRECTORY of adapters that share the base's cache, prompts and responses.
       prefill_share: NAME=DIRECTORY of models or adapters that share the base's prompts.
       conventional: NAME=DIRECTORY of models or adapters that share nothing.
@@ -43,6 +44,7 @@ class Options:
       max_batch: most responses that run at once.
       step_tokens: most tokens computed in one step; a longer prompt takes several.
       decode_steps: most tokens that one launch adds to a response, when nothing waits.
+      max_waiting: most responses in the engine's queue; the other lines wait outside.
       share_prefixes: without, each model keeps its own cache, for comparison.
       warm_up: compile every step before the first request.
       compilation_cache: directory to keep compiled steps in, for the next time.
@@ -62,6 +64,7 @@ class Options:
     max_batch: int = 16
     step_tokens: int = 512
     decode_steps: int = 8
+    max_waiting: int = 1024
     share_prefixes: bool = True
     warm_up: bool = False
     compilation_cache: Path | None = None
@@ -70,6 +73,8 @@ class Options:
 
 def serve(options: Options) -> list[RequestOutput]:
     """Answer every line of the prompts; a line that cannot be answered says why.
+
+    Whatever stops it, what has been answered is written.
 
     Raises:
       FileNotFoundError, ValueError: the prompts, a model, an adapter or the tokenizer cannot be
@@ -85,10 +90,16 @@ def serve(options: Options) -> list[RequestOutput]:
     engine = make_engine(options, timeline)
     if options.warm_up:
         engine.warm_up()
-    outputs = _answer(engine, lines)
-    write_outputs(options.out, outputs)
-    if options.trace is not None and timeline is not None:
-        write_chrome_trace(options.trace, timeline)
+    outputs: list[tuple[int, RequestOutput]] = []
+    try:
+        with contextlib.closing(_answer(engine, lines)) as answers:
+            outputs.extend(answers)
+    finally:
+        outputs.sort(key=lambda numbered: (numbered[0], numbered[1].index))
+        write_outputs(options.out, outputs)
+        if options.trace is not None and timeline is not None:
+            write_chrome_trace(options.trace, timeline)
+    _print_errors(outputs)
     return [output for _, output in outputs]
 
 
@@ -111,6 +122,7 @@ def make_engine(options: Options, timeline: Timeline | None = None) -> Engine:
         max_batch=options.max_batch,
         step_tokens=options.step_tokens,
         decode_steps=options.decode_steps,
+        max_waiting=options.max_waiting,
         bank=bank_for(adapters) if adapters else DEFAULT_BANK,
         share_prefixes=options.share_prefixes,
         timeline=timeline,
@@ -142,43 +154,53 @@ def _read_models(options: Options, base: Model) -> Iterator[tuple[str, Scheme, A
 
 def _answer(
     engine: Engine, lines: list[tuple[int, Request | ValueError]]
-) -> list[tuple[int, RequestOutput]]:
-    """(line number, output) of every response to every line, in their order."""
+) -> Generator[tuple[int, RequestOutput]]:
+    """(line number, output) of every response to every line, as they end."""
     from rich.console import Console
-    from rich.markup import escape
 
     from jaxcodec.serve.live_table import live_table
 
-    console = Console()
-    requests = [(number, content) for number, content in lines if isinstance(content, Request)]
-    outputs = [
-        (number, RequestOutput(f"line-{number}", "", "", (), "error", error=str(content)))
-        for number, content in lines
-        if not isinstance(content, Request)
-    ]
-    with live_table(engine.stats, console) as draw:
-        for i, event in stream(engine, [request for _, request in requests]):
+    requests = []
+    for number, content in lines:
+        if isinstance(content, Request):
+            requests.append((number, content))
+        else:
+            yield number, RequestOutput(f"line-{number}", "", "", (), "error", error=str(content))
+    events = stream(engine, [request for _, request in requests])
+    with live_table(engine.stats, Console()) as draw, contextlib.closing(events):
+        for i, event in events:
             draw()
             if isinstance(event, RequestOutput):
-                outputs.append((requests[i][0], event))
-    outputs.sort(key=lambda numbered: (numbered[0], numbered[1].index))
+                yield requests[i][0], event
+
+
+def _print_errors(outputs: Iterable[tuple[int, RequestOutput]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console()
     for number, output in outputs:
         if output.error is not None:
             error = output.error.removeprefix(f"line {number}: ")
             console.print(f"[red]line {number}[/red]: {escape(error)}")
-    return outputs
 
 
 def main() -> None:
-    """Run the command line; the exit status is 1 if a request failed, 2 if none could be tried."""
+    """Run the command line.
+
+    The exit status is 1 if a request failed, 2 if none could be tried, 130 if it was interrupted.
+    """
     import tyro
 
     options = tyro.cli(Options, prog="python -m jaxcodec.serve")
     try:
         outputs = serve(options)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError, MemoryError) as error:
+        print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
     sys.exit(int(any(output.finish_reason == "error" for output in outputs)))
 
 

@@ -5,6 +5,7 @@ longest makes room for the next.
 """
 
 import collections
+from collections.abc import Collection
 
 
 class AdapterSlots:
@@ -27,6 +28,11 @@ class AdapterSlots:
     def can_acquire(self, key: str | None) -> bool:
         """Whether `acquire` would find a slot now."""
         return key is None or key in self._slot or bool(self._free) or self._idle() is not None
+
+    def could_acquire(self, key: str | None, users: Collection[str | None]) -> bool:
+        """Whether `acquire` would find a slot if `users` were all the adapters in use."""
+        kept = self._pinned.union(users)
+        return key is None or key in self._slot or bool(self._free) or not kept >= {*self._slot}
 
     def acquire(self, key: str | None) -> tuple[int, bool]:
         """Use an adapter until it is released.
@@ -83,6 +89,12 @@ class AdapterSlots:
         del self._users[key]
         if (slot := self._slot.pop(key, None)) is not None:
             self._free.append(slot)
+
+    def clear(self) -> None:
+        """Forget what is in the slots and who uses it; pinned ones are loaded when next used."""
+        self._free = list(range(self._slots - 1, 0, -1))
+        self._slot.clear()
+        self._users.clear()
 
     @property
     def resident(self) -> dict[str, int]:

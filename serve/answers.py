@@ -113,6 +113,22 @@ class Answer:
         id, index = sequence.id
         return TextDelta(id, token, text, index, logprobs), reason
 
+    def rewind(self, count: int, stream: TextStream | None, progress: Progress | None) -> None:
+        """Forget all but the first `count` tokens of the response.
+
+        Args:
+          stream, progress: new ones, which take those tokens in again.
+        """
+        sequence = self.sequence
+        del sequence.tokens[sequence.prompt_length + count :]
+        del self._logprobs[count:]
+        self._stream, self.progress = stream, progress
+        for token in sequence.tokens[sequence.prompt_length :]:
+            if progress is not None:
+                progress.advance(token)
+            if stream is not None:
+                stream.push(token)
+
     def output(self, reason: FinishReason, error: str | None, now: float) -> RequestOutput:
         """Its end."""
         sequence = self.sequence

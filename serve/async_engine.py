@@ -1,9 +1,10 @@
 """An engine for coroutines: each follows its own request, and one thread steps for all of them."""
 
 import asyncio
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxcodec.serve.request import Event, Request, RequestOutput
 
 
 class AsyncEngine:
-    """Serves an engine while its `async with` block lasts.
+    """Serves an engine while its `async with` block lasts, once.
 
     All that is done to the engine is done in one thread, one thing after the other, so that the
     engine needs no lock and the event loop never waits for the device.
@@ -32,7 +33,13 @@ class AsyncEngine:
         self._closing = False
 
     async def __aenter__(self) -> "AsyncEngine":
-        """Begin to serve."""
+        """Begin to serve.
+
+        Raises:
+          RuntimeError: it has served already.
+        """
+        if self._driver is not None:
+            raise RuntimeError("An AsyncEngine serves for one `async with` block: make another.")
         self._driver = asyncio.create_task(self._drive())
         return self
 
@@ -41,18 +48,22 @@ class AsyncEngine:
         assert self._driver is not None
         self._closing = True
         self._work.set()
-        await self._driver
-        for id, queue in self._queues.items():
-            for output in await self.call(self._cancel, id):
-                queue.put_nowait(output)
-        self._thread.shutdown()
+        try:
+            await self._driver
+            self._give_out(await self._do(self._end, tuple(self._queues)))
+        finally:
+            self._thread.shutdown(wait=False)
 
-    async def stream(self, request: Request) -> AsyncIterator[Event]:
+    async def stream(self, request: Request) -> AsyncGenerator[Event]:
         """The events of one request; leaving early (`aclose`, a cancelled task) cancels it.
 
         Raises:
           ValueError, QueueFull: as `Engine.submit`.
+          RuntimeError: outside the `async with` block.
+          Exception: what a step of the engine has raised; it serves nobody any more.
         """
+        if self._driver is None or self._closing:
+            raise RuntimeError("An AsyncEngine serves inside its `async with` block only.")
         id = request.id if request.id is not None else f"async-{next(self._numbers)}"
         if id in self._queues:
             raise ValueError(f"A request with the id {id!r} is being served.")
@@ -62,7 +73,6 @@ class AsyncEngine:
         left = request.sampling.n
         try:
             await self.call(self._engine.submit, dataclasses.replace(request, id=id))
-            self._work.set()
             while left:
                 event = await queue.get()
                 if isinstance(event, Exception):
@@ -70,14 +80,33 @@ class AsyncEngine:
                 left -= isinstance(event, RequestOutput)
                 yield event
         finally:
-            del self._queues[id]
-            if left and not self._closing:
-                await self.call(self._cancel, id)
+            try:
+                if left and not self._closing:
+                    await self._withdraw(id, queue, left)
+            finally:
+                del self._queues[id]
+
+    async def cancel(self, id: str) -> None:
+        """End a request; its stream gets the ends of its responses, and is over.
+
+        Raises:
+          ValueError: no request of that id is being served.
+        """
+        await self.call(self._engine.cancel, id)
 
     async def call[T](self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call something of the engine, such as `add_model` or `stats`, between two steps."""
+        """Call something of the engine, such as `add_model` or `stats`, between two steps.
+
+        The events of what it submits go to nobody: that is what `stream` is for.
+        """
+        try:
+            return await self._do(function, *args, **kwargs)
+        finally:
+            self._work.set()
+
+    def _do[T](self, function: Callable[..., T], *args: Any, **kwargs: Any) -> asyncio.Future[T]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
+        return loop.run_in_executor(self._thread, lambda: function(*args, **kwargs))
 
     async def _drive(self) -> None:
         try:
@@ -86,20 +115,48 @@ class AsyncEngine:
                 self._work.clear()
                 busy = True
                 while busy and not self._closing:
-                    events, busy = await self.call(self._step)
-                    for event in events:
-                        if queue := self._queues.get(event.id):
-                            queue.put_nowait(event)
+                    events, busy = await self._do(self._step)
+                    self._give_out(events)
         except Exception as fault:
             self._fault = fault  # the engine's own: nobody can be served any more
             for queue in self._queues.values():
                 queue.put_nowait(fault)
 
-    def _step(self) -> tuple[list[Event], bool]:
-        return self._engine.step(), self._engine.busy
+    async def _withdraw(self, id: str, queue: asyncio.Queue[Event | Exception], left: int) -> None:
+        """Cancel a request that nobody follows, and wait until its id is free."""
+        # A second cancellation of the task must not take this out of the thread's queue.
+        cancelled = await asyncio.shield(self._do(self._cancel, id))
+        self._work.set()
+        while cancelled and left and self._fault is None:
+            event = await queue.get()
+            if isinstance(event, Exception):
+                return
+            left -= isinstance(event, RequestOutput)
 
-    def _cancel(self, id: str) -> list[RequestOutput]:
+    def _give_out(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if queue := self._queues.get(event.id):
+                queue.put_nowait(event)
+
+    # In the thread
+
+    def _step(self) -> tuple[list[Event], bool]:
+        events = self._engine.step() if self._engine.busy else []
+        return events, self._engine.busy
+
+    def _cancel(self, id: str) -> bool:
+        """Whether there was anything to cancel."""
         try:
-            return self._engine.cancel(id)
+            self._engine.cancel(id)
         except ValueError:  # it was refused, or has ended in the step that ran meanwhile
-            return []
+            return False
+        return True
+
+    def _end(self, ids: Iterable[str]) -> list[Event]:
+        """Cancel all of these; returns their ends."""
+        # After a fault nobody waits for ends, and the fault is what everybody has been told.
+        with contextlib.suppress(Exception) if self._fault else contextlib.nullcontext():
+            for id in ids:
+                self._cancel(id)
+            return self._step()[0]
+        return []

@@ -1,7 +1,8 @@
 """Requests in, outputs out: the plain way to use an engine."""
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Event, QueueFull, Request, RequestOutput
@@ -18,21 +19,24 @@ def generate(
 
     Args:
       engine: nobody else may step it meanwhile.
-      on_text: called with each piece of text as it comes.
+      on_text: called with each piece of text as it comes. It may cancel what is being served; what
+        it raises ends all that is left.
     """
     outputs: dict[tuple[int, int], RequestOutput] = {}
-    for i, event in stream(engine, requests):
-        if isinstance(event, RequestOutput):
-            outputs[i, event.index] = event
-        elif on_text is not None and event.text:
-            on_text(requests[i], event.text)
+    with contextlib.closing(stream(engine, requests)) as events:
+        for i, event in events:
+            if isinstance(event, RequestOutput):
+                outputs[i, event.index] = event
+            elif on_text is not None and event.text:
+                on_text(requests[i], event.text)
     return [outputs[key] for key in sorted(outputs)]
 
 
-def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, Event]]:
+def stream(engine: Engine, requests: Sequence[Request]) -> Generator[tuple[int, Event]]:
     """(index of the request, event) as they come; what is left is cancelled on `close`.
 
-    What the engine's queue has no room for waits here.
+    What the engine's queue has no room for waits here. The ends of what `close` cancels come with
+    the engine's next step; another `stream` passes over them.
     """
     waiting = collections.deque(enumerate(requests))
     places: dict[str, int] = {}
@@ -58,7 +62,14 @@ def stream(engine: Engine, requests: Sequence[Request]) -> Iterator[tuple[int, E
                             del left[event.id]
                     yield places[event.id], event
     finally:
-        for id in left:
+        _cancel(engine, left)
+
+
+def _cancel(engine: Engine, ids: Iterable[str]) -> None:
+    """End requests, some of which may have ended."""
+    for id in ids:
+        # Whatever led here is what the caller is to see: also a fault that broke the engine.
+        with contextlib.suppress(Exception):
             engine.cancel(id)
 
 

@@ -6,15 +6,14 @@ runner's.
 """
 
 import collections
+import contextlib
 import dataclasses
 import heapq
 import itertools
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any, get_args
-
-import jax
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from jaxcodec.models.cache import KVCache, pages_for
 from jaxcodec.models.layers import AdapterBank
@@ -25,7 +24,6 @@ from jaxcodec.models.transformer import Model
 from jaxcodec.serve.answers import Answer
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
-from jaxcodec.serve.pages import pages_that_fit
 from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
 from jaxcodec.serve.prompts import prompt_tokens
@@ -36,12 +34,14 @@ from jaxcodec.serve.request import (
     QueueFull,
     Request,
     RequestOutput,
+    SamplingParams,
+    TextDelta,
 )
-from jaxcodec.serve.runner import Launch, LaunchedRow, Runner
+from jaxcodec.serve.runner import Launch, LaunchedRow, Runner, cache_pages
 from jaxcodec.serve.scheduler import Scheduler
 from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
-from jaxcodec.serve.statistics import EngineStats, ModelStats
-from jaxcodec.serve.structured import Grammars
+from jaxcodec.serve.statistics import EngineStats, ModelCounts
+from jaxcodec.serve.structured import Grammars, Progress
 from jaxcodec.serve.timeline import Timeline
 
 
@@ -90,10 +90,15 @@ class Engine:
     ):
         self.tokenizer = tokenizer
         self._vocab_size = base.config.vocab_size
+        if page_size < 1 or (pages is not None and pages < 1) or max_waiting < 1:
+            raise ValueError(
+                "page_size, pages and max_waiting must be at least 1, got "
+                f"{page_size}, {pages} and {max_waiting}."
+            )
         self._page_size = page_size
         self._models = ServedModels(base, name, bank, share_prefixes)
         if pages is None:
-            pages = _pages_that_fit(base, page_size)
+            pages = cache_pages(base, page_size)
         self.context = min(base.config.max_positions, pages * page_size)
         sizes = max_batch, step_tokens, pages_for(self.context, page_size)
         buckets = buckets or Buckets.powers_of_two(*sizes)
@@ -113,11 +118,13 @@ class Engine:
         self._answers: dict[Sequence, Answer] = {}
         self._deadlines: list[tuple[float, int, Answer]] = []
         self._flying: list[Launch] = []  # of the last step
+        self._events: list[Event] = []  # that the next step, or this one, gives out
+        # Whose tokens are being taken in, with its length and the number of events before.
+        self._advancing: tuple[Answer, int, int] | None = None
+        self._broken: str | None = None  # why nobody can be served any more
         self._number = itertools.count(1)
         self._counts: collections.Counter[str] = collections.Counter()
-        self._by_model: dict[str, collections.Counter[str]] = collections.defaultdict(
-            collections.Counter
-        )
+        self._by_model = ModelCounts()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -126,8 +133,8 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether any request waits or runs."""
-        return bool(self._active)
+        """Whether any request waits or runs, or has an end that no step has given out yet."""
+        return bool(self._active or self._events)
 
     def add_model(
         self,
@@ -157,6 +164,7 @@ class Engine:
           ValueError: there is no such model, or it is the base.
         """
         self._models.remove(name)
+        self._by_model.fold(self._models.names, self._scheduler.preempted)
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep a model's adapter in its slot, whatever else is asked for; or no more.
@@ -173,7 +181,8 @@ class Engine:
             return
         slot, is_new = self._models.slots.pin(adapter)
         if is_new:
-            self._models.load(adapter, slot)
+            with self._recovering():
+                self._models.load(adapter, slot)
 
     def submit(self, request: Request) -> str:
         """Queue a request; returns its id.
@@ -183,14 +192,19 @@ class Engine:
             empty, holds an unknown token or exceeds the context (the model's, or what the whole
             cache holds), a structure that is none, or more responses than the queue could hold.
             The engine goes on as if it had not been asked.
-          QueueFull: there is no room in the queue for it. Step the engine and try again.
+          QueueFull: there is no room in the queue for it, or the end of the last request with its
+            id has not been given out. Step the engine and try again.
+          RuntimeError: a fault has left the device unusable.
         """
+        self._check_usable()
         self._models.find(request.model)
         prompt = prompt_tokens(request, self.tokenizer, self.context, self._vocab_size)
         count, waiting = request.sampling.n, len(self._scheduler.waiting)
-        id = request.id if request.id is not None else f"request-{next(self._number)}"
+        id = self._new_id() if request.id is None else request.id
         if id in self._active:
             raise ValueError(f"A request with the id {id!r} is being served.")
+        if id in self._ending:
+            raise QueueFull(f"The last request with the id {id!r} ends with the next step.")
         if count > self._max_waiting:
             raise ValueError(f"n is {count}, but the queue holds {self._max_waiting} responses.")
         if waiting + count > self._max_waiting:
@@ -207,37 +221,51 @@ class Engine:
             self._queue(answer)
         return id
 
-    def cancel(self, id: str) -> list[RequestOutput]:
+    def cancel(self, id: str) -> None:
         """End a request at once, whether it waits or runs; its pages are free or findable then.
 
-        Returns:
-          the ends of those of its responses that had not ended.
+        The ends of those of its responses that had not ended come with the next step.
 
         Raises:
           ValueError: no request of that id is being served.
         """
         if id not in self._active:
             raise ValueError(f"No request with the id {id!r} is being served.")
-        return [self._finish(answer, "cancelled") for answer in list(self._active[id])]
+        with self._recovering():
+            for answer in list(self._active[id]):
+                self._finish(answer, "cancelled")
 
     def step(self) -> list[Event]:
         """Plan and launch one step, and collect what the step before it has made.
 
+        Whatever is raised, KeyboardInterrupt included, what had been computed is computed again:
+        who steps on gets every event, and every response as if nothing had happened.
+
         Returns:
           A `TextDelta` for each new token, and a `RequestOutput` after the last of a response.
+
+        Raises:
+          RuntimeError: a fault has left the device unusable.
         """
+        self._check_usable()
+        with self._recovering():
+            self._step()
+        events, self._events = self._events, []
+        return events
+
+    def _step(self) -> None:
         self._counts["steps"] += 1
-        events = self._expire()
+        self._expire()
         plan = self._scheduler.plan(settled=not self._flying)
         if self._flying and (plan is None or plan.empty):  # all depends on what is on its way
-            events += self._collect()
+            self._collect()
             plan = self._scheduler.plan()
         assert plan is not None, "a settled scheduler has a plan"
-        moves = events or plan.preempted or not plan.empty
+        moves = self._events or plan.preempted or not plan.empty
         assert moves or not self._scheduler.waiting, "the scheduler has stalled"
         self._note_plan(plan)
         launches = self._runner.run(plan, self._answers)
-        events += self._collect()
+        self._collect()
         self._flying = launches
         if not self._active:
             self._scheduler.check_idle()
@@ -250,26 +278,13 @@ class Engine:
                 prefill_tokens=sum(chunk.count for chunk in plan.prefills),
                 decode_tokens=sum(count for _, count in plan.decodes),
             )
-        return events
 
     def stats(self) -> EngineStats:
         """Counts up to now."""
         scheduler, counts = self._scheduler, self._counts
         waiting = collections.Counter(s.model for s in scheduler.waiting)
         running = collections.Counter(s.model for s in scheduler.running)
-        models = {
-            name: ModelStats(
-                waiting=waiting[name],
-                running=running[name],
-                finished={reason: n for reason in get_args(FinishReason) if (n := own[reason])},
-                prompt_tokens=own["prompt"],
-                reused_tokens=own["reused"],
-                prefill_tokens=own["prefill"],
-                decode_tokens=own["decode"],
-                preemptions=scheduler.preempted[name],
-            )
-            for name, own in self._by_model.items()
-        }
+        models = self._by_model.stats(waiting, running, scheduler.preempted)
         return EngineStats.of(
             models,
             scheduler.counts(),
@@ -293,7 +308,19 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile every step that the models served now can ask for."""
-        self._runner.warm_up()
+        self._check_usable()
+        with self._recovering():
+            self._runner.warm_up()
+
+    def _new_id(self) -> str:
+        """One that is nobody's."""
+        ids = (f"request-{number}" for number in self._number)
+        return next(id for id in ids if id not in self._active and id not in self._ending)
+
+    @property
+    def _ending(self) -> set[str]:
+        """Ids of what has ended since the last step."""
+        return {event.id for event in self._events}
 
     def _answer(
         self, request: Request, id: tuple[str, int], prompt: list[int], seed: int, now: float
@@ -301,11 +328,7 @@ class Engine:
         """One of the responses to a request, before anything is done for it."""
         model, sampling = self._models.find(request.model), request.sampling
         eos_ids = model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
-        progress, stream = None, None
-        if sampling.structured is not None:
-            progress = self._grammars.start(sampling.structured, eos_ids)
-        if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
+        stream, progress = self._readers(sampling, prompt, eos_ids)
         tokens = list(prompt)
         sequence = Sequence(
             id=id,
@@ -321,57 +344,115 @@ class Engine:
         )
         return Answer(request, model, sequence, seed, stream, progress, eos_ids, now)
 
+    def _readers(
+        self, sampling: SamplingParams, prompt: list[int], eos_ids: tuple[int, ...]
+    ) -> tuple[TextStream | None, Progress | None]:
+        """What follows the tokens of a response: its text and its structure."""
+        progress, stream = None, None
+        if sampling.structured is not None:
+            progress = self._grammars.start(sampling.structured, eos_ids)
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, prompt, sampling.stop, sampling.min_tokens)
+        return stream, progress
+
+    # After a fault
+
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    @contextlib.contextmanager
+    def _recovering(self) -> Iterator[None]:
+        """Have whatever is raised leave an engine that goes on, or one that refuses to."""
+        try:
+            yield
+        except BaseException as fault:
+            self._broken = (
+                f"The engine could not begin anew after {type(fault).__name__}: make another one."
+            )
+            self._recover()
+            self._broken = None
+            raise
+
+    def _recover(self) -> None:
+        """Forget all that was computed, and queue again what has not ended."""
+        self._flying = []
+        if self._advancing is not None:
+            answer, length, given = self._advancing
+            if answer.sequence in self._answers:
+                del self._events[given:]
+                self._rewind(answer, length)
+        self._advancing = None
+        now = self._clock()
+        for sequence in self._scheduler.running:
+            if sequence in self._answers:
+                self._note(self._answers[sequence], "preempted", now)
+        self._active = {}
+        for answer in self._answers.values():
+            self._active.setdefault(answer.sequence.id[0], []).append(answer)
+        self._events = [e for e in self._events if isinstance(e, TextDelta) or self._ended(e)]
+        self._scheduler.restart(self._answers)
+        self._runner.restart()
+
+    def _ended(self, output: RequestOutput) -> bool:
+        ids = (answer.sequence.id for answer in self._active.get(output.id, ()))
+        return (output.id, output.index) not in ids
+
+    def _rewind(self, answer: Answer, length: int) -> None:
+        """Forget the tokens of a response after the first `length`, prompt included."""
+        sequence = answer.sequence
+        prompt = sequence.tokens[: sequence.prompt_length]
+        readers = self._readers(answer.request.sampling, prompt, answer.eos_ids)
+        answer.rewind(length - len(prompt), *readers)
+        sequence.names = PageNames(answer.model.namespace, sequence.tokens, self._page_size)
+
     # What became of it
 
-    def _collect(self) -> list[Event]:
+    def _collect(self) -> None:
         """Take in what is on its way."""
         flying, self._flying = self._flying, []
         now = self._clock()
-        return [
-            event
-            for launch in flying
-            for row in launch.fetch()
-            if row.answer.sequence.row != NO_ROW  # else it was cancelled meanwhile
-            for event in self._advance(row, now)
-        ]
+        for launch in flying:
+            for row in launch.fetch():
+                if row.answer.sequence.row != NO_ROW:  # else it was cancelled meanwhile
+                    self._advancing = row.answer, len(row.answer.sequence.tokens), len(self._events)
+                    self._advance(row, now)
+                    self._advancing = None
 
-    def _advance(self, row: LaunchedRow, now: float) -> list[Event]:
+    def _advance(self, row: LaunchedRow, now: float) -> None:
         """What the new tokens of a response mean; a fault in one response is that one's alone."""
-        answer, events, reason, error = row.answer, [], None, None
+        answer, reason, error, taken = row.answer, None, None, 0
         sequence = answer.sequence
         try:
             for place, token in enumerate(row.tokens):
                 delta, reason = answer.take(token, place, row.logprobs, now)
-                events.append(delta)
+                self._events.append(delta)
+                taken += 1
                 if reason is not None:
                     break
         except Exception as fault:  # of a tokenizer or a structure, which are not ours
             reason, error = "error", f"{type(fault).__name__}: {fault}"
-        self._scheduler.decoded(sequence, len(events), row.planned)
-        self._by_model[answer.model.name]["decode"] += len(events)
-        self._note(answer, "decode", now, tokens=len(events))
+        self._scheduler.decoded(sequence, taken, row.planned)
+        self._by_model[answer.model.name]["decode"] += taken
+        self._note(answer, "decode", now, tokens=taken)
         if row.broken and reason is None:
             reason = "error"
             error = f"The logits of {answer.model.name} are not finite (NaN or infinity)."
         if reason is not None:
-            events.append(self._finish(answer, reason, error))
-        return events
+            self._finish(answer, reason, error)
 
-    def _expire(self) -> list[Event]:
+    def _expire(self) -> None:
         """End what has passed its deadline."""
-        ended: list[Event] = []
         while self._deadlines and self._deadlines[0][0] <= self._clock():
             _, _, answer = heapq.heappop(self._deadlines)
             if answer.sequence in self._answers:
-                ended.append(self._finish(answer, "deadline"))
-        return ended
+                self._finish(answer, "deadline")
 
-    def _finish(
-        self, answer: Answer, reason: FinishReason, error: str | None = None
-    ) -> RequestOutput:
+    def _finish(self, answer: Answer, reason: FinishReason, error: str | None = None) -> None:
         sequence, now = answer.sequence, self._clock()
         # What a broken row has written may be as broken as its logits.
         self._scheduler.remove(sequence, share=reason != "error")
+        self._events.append(answer.output(reason, error, now))
         del self._answers[sequence]
         id, _ = sequence.id
         self._active[id].remove(answer)
@@ -379,8 +460,8 @@ class Engine:
             del self._active[id]
         self._models.release(answer.model)
         self._by_model[answer.model.name][reason] += 1
+        self._by_model.fold(self._models.names, self._scheduler.preempted)
         self._note(answer, reason, now)
-        return answer.output(reason, error, now)
 
     def _queue(self, answer: Answer) -> None:
         sequence = answer.sequence
@@ -391,6 +472,11 @@ class Engine:
         self._active.setdefault(sequence.id[0], []).append(answer)
         if answer.deadline < float("inf"):
             heapq.heappush(self._deadlines, (answer.deadline, next(self._number), answer))
+            # Those of what has ended go when they come up, or here before they pile up.
+            if len(self._deadlines) > 2 * len(self._answers) + 64:
+                left = [d for d in self._deadlines if d[2].sequence in self._answers]
+                heapq.heapify(left)
+                self._deadlines = left
         self._note(answer, "submitted", answer.timings.submitted, model=answer.model.name)
 
     def _note_plan(self, plan: Plan) -> None:
@@ -412,10 +498,3 @@ class Engine:
     def _note(self, answer: Answer, event: str, time_s: float, **details: Any) -> None:
         if self._timeline is not None:
             self._timeline.note(*answer.sequence.id, event, time_s, **details)
-
-
-def _pages_that_fit(base: Model, page_size: int) -> int:
-    """Pages of `page_size` tokens in what the base has left of its device's memory."""
-    page = jax.eval_shape(lambda: KVCache.zeros(base.config, 1, page_size, base.dtype))
-    page_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(page))
-    return pages_that_fit(page_bytes, jax.local_devices()[0].memory_stats())

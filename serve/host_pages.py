@@ -42,6 +42,8 @@ class HostNames:
     """
 
     def __init__(self, limit: int):
+        if limit < 0:
+            raise ValueError(f"host_pages must be at least 0, got {limit}.")
         self.limit = limit
         self.offloaded = self.restored = 0
         self._names: collections.OrderedDict[bytes, None] = collections.OrderedDict()
@@ -71,6 +73,11 @@ class HostNames:
         """Copy a page back into page number `page` of the cache; it stays here too."""
         self._names.move_to_end(name)
         self._restores.append((name, page))
+
+    def clear(self) -> None:
+        """Forget all names, and what was to be copied."""
+        self._names.clear()
+        self._offloads, self._restores, self._dropped = {}, [], set()
 
     def copies(self) -> Copies:
         """What has to be copied since this was last asked for."""

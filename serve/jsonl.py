@@ -35,6 +35,10 @@ def read_requests(path: Path, default_model: str) -> list[tuple[int, Request | V
                 read.append((number, parse_request(line, default_model)))
             except ValueError as error:
                 read.append((number, ValueError(f"line {number}: {error}")))
+            except (MemoryError, RecursionError) as error:
+                cause = type(error).__name__
+                too_large = f"line {number}: too large or too deeply nested ({cause})"
+                read.append((number, ValueError(too_large)))
     return read
 
 
@@ -57,12 +61,9 @@ def parse_request(line: str, default_model: str) -> Request:
     if not isinstance(model, str) or not isinstance(id, str | None):
         raise ValueError("'model' and 'id' must be texts")
     prompt = _prompt(content)
-    try:
-        sampling = _sampling({k: v for k, v in content.items() if k in _SAMPLING})
-        own = {k: v for k, v in content.items() if k in _REQUEST}
-        return Request(model, prompt, sampling, **own)
-    except TypeError as error:
-        raise ValueError(f"a parameter has the wrong type: {error}") from None
+    sampling = _sampling({k: v for k, v in content.items() if k in _SAMPLING})
+    own = {k: v for k, v in content.items() if k in _REQUEST}
+    return Request(model, prompt, sampling, **own)
 
 
 def _prompt(content: dict[str, Any]) -> str | list[Any]:

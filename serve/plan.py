@@ -93,6 +93,14 @@ class Prefill:
     count: int
     by_prompt_writer: bool
 
+    def follows(self, other: "Prefill") -> bool:
+        """Whether the two are one chunk of one sequence."""
+        return (
+            self.sequence is other.sequence
+            and self.start == other.start + other.count
+            and self.by_prompt_writer == other.by_prompt_writer
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

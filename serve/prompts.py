@@ -25,7 +25,14 @@ def prompt_tokens(
     sampling = request.sampling
     if tokenizer is None and (isinstance(request.prompt, str) or sampling.stop):
         raise ValueError("Text prompts and stop texts need an engine with a tokenizer.")
-    prompt = _encode(request, tokenizer)
+    try:
+        prompt = _encode(request, tokenizer)
+    except ValueError:
+        raise
+    except Exception as fault:  # of a tokenizer, which is not ours
+        raise ValueError(
+            f"The tokenizer does not take the prompt: {type(fault).__name__}: {fault}"
+        ) from fault
     if not prompt:
         raise ValueError("A prompt needs at least one token, got none.")
     if len(prompt) > context:
@@ -36,7 +43,8 @@ def prompt_tokens(
     named = (("Prompt", prompt), ("Stop", sampling.stop_tokens), ("Biased", sampling.logit_bias))
     for name, tokens in named:
         for token in tokens:
-            if not isinstance(token, int | np.integer) or not 0 <= token < vocab_size:
+            whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
+            if not whole or not 0 <= token < vocab_size:
                 raise ValueError(
                     f"{name} tokens must be whole numbers in [0, {vocab_size}), the model's "
                     f"vocabulary, got {token!r}."

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
 
 StructureKind = Literal["json_schema", "regex", "grammar"]
 FinishReason = Literal["stop", "length", "error", "cancelled", "deadline"]
@@ -17,8 +19,13 @@ LOGPROBS_LIMIT = 20
 CHOICES_LIMIT = 128
 LOGIT_BIAS_LIMIT = 64
 STOP_TOKENS_LIMIT = 16
-# Logits over it are still far from the end of float32.
-MIN_TEMPERATURE = 1e-6
+# Each new piece of text is searched for all of them.
+STOP_LIMIT = 16
+STOP_LENGTH_LIMIT = 256  # characters
+# Logits times or over it, and then over or times another, are still far from the ends of float32.
+FACTOR_LIMIT = 1e6
+MIN_TEMPERATURE = 1 / FACTOR_LIMIT
+MIN_PROBABILITY = 2.0**-126  # anything less is 0 in float32
 # Beyond this a bias decides alone, as in the OpenAI API.
 BIAS_LIMIT = 100.0
 
@@ -42,11 +49,21 @@ class Structure:
     def __post_init__(self) -> None:
         if self.kind not in get_args(StructureKind):
             raise ValueError(f"A structure is one of {get_args(StructureKind)}, got {self.kind!r}.")
+        if not isinstance(self.text, str):
+            raise ValueError(f"A {self.kind} must be a text, got a {_type(self.text)}.")
 
     @classmethod
     def json_schema(cls, schema: str | Mapping[str, Any]) -> "Structure":
-        """JSON that a schema, given as a mapping or as text, describes."""
-        return cls("json_schema", schema if isinstance(schema, str) else json.dumps(schema))
+        """JSON that a schema, given as a mapping or as text, describes.
+
+        Raises:
+          ValueError: the mapping holds what is no JSON.
+        """
+        try:
+            text = schema if isinstance(schema, str) else json.dumps(schema)
+        except (TypeError, RecursionError) as error:
+            raise ValueError(f"The JSON schema cannot be written as JSON: {error}.") from None
+        return cls("json_schema", text)
 
     @classmethod
     def regex(cls, pattern: str) -> "Structure":
@@ -100,20 +117,22 @@ class SamplingParams:
     takes the best that is left: temperature, top_k, top_p, min_p.
 
     Attributes:
-      temperature: logits are divided by it before sampling (from 1e-6 on); 0 takes the most likely
-        token.
+      temperature: logits are divided by it before sampling, in [1e-6, 1e6]; 0 takes the most
+        likely token.
       top_k: sample among this many most likely tokens; None for all.
       top_p: sample among the fewest most likely tokens whose probabilities reach this sum.
       min_p: sample among tokens at least this times as likely as the likeliest.
       repetition_penalty: divides positive and multiplies negative logits of tokens that prompt or
-        response hold; 1 for none.
+        response hold, in [1e-6, 1e6]; 1 for none.
       presence_penalty: taken off the logits of tokens that the response holds, in [-2, 2].
       frequency_penalty: the same, for each time that the response holds the token.
       logit_bias: added to the logits of these tokens (at most 64), each in [-100, 100].
-      seed: the same seed gives the same response, whatever else is served; None draws one.
+      seed: the same seed gives the same response, whatever else is served (but for ties to the last
+        bits, unless the engine's `Buckets` have one size each); None draws one.
       min_tokens: tokens to generate before one may end the response.
       max_tokens: most tokens to generate.
-      stop: texts that end the response; none of them appears in it.
+      stop: texts (at most 16, of 256 characters each) that end the response; none of them appears
+        in it.
       stop_tokens: tokens (at most 16) that end the response, as the model's own end-of-text do.
       ignore_eos: go on after the model's end-of-text token.
       n: responses to generate; the k-th, from 0, draws as a request with the seed `seed + k`.
@@ -122,7 +141,7 @@ class SamplingParams:
       structured: what the response must look like; it ends where that is complete.
 
     Raises:
-      ValueError: a value out of its range, or two that contradict each other.
+      ValueError: a value of another type or out of its range, or two that contradict each other.
     """
 
     temperature: float = 0.0
@@ -145,20 +164,12 @@ class SamplingParams:
     structured: Structure | None = None
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not MIN_TEMPERATURE <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature must be 0 (greedy), or {MIN_TEMPERATURE:g} or more, got "
-                f"{self.temperature}."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must lie in [0, 1], got {self.min_p}.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}.")
+        _check_number("temperature", self.temperature, MIN_TEMPERATURE, FACTOR_LIMIT, zero=True)
+        _check_number("top_p", self.top_p, MIN_PROBABILITY, 1)
+        _check_number("min_p", self.min_p, MIN_PROBABILITY, 1, zero=True)
+        _check_number("repetition_penalty", self.repetition_penalty, 1 / FACTOR_LIMIT, FACTOR_LIMIT)
         for name in ("presence_penalty", "frequency_penalty"):
-            if not -2 <= getattr(self, name) <= 2:
-                raise ValueError(f"{name} must lie in [-2, 2], got {getattr(self, name)}.")
+            _check_number(name, getattr(self, name), -2, 2)
         if self.top_k is not None:
             _check_whole("top_k", self.top_k, 1, INT_LIMIT)
         if self.seed is not None:
@@ -170,12 +181,13 @@ class SamplingParams:
         _check_whole("min_tokens", self.min_tokens, 0, self.max_tokens)
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos must be true or false, got {self.ignore_eos!r}.")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"stop must be a tuple of texts, none empty, got {self.stop!r}.")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-        self._check_tokens()
+        self._check_stops()
+        self._check_biases()
+        if not isinstance(self.structured, Structure | None):
+            raise ValueError(
+                "structured must be made by Structure.json_schema, .regex, .grammar or .tool_call, "
+                f"got a {_type(self.structured)}."
+            )
         if self.structured is not None and (self.min_tokens or self.ignore_eos):
             raise ValueError(
                 "A structured response ends where its structure does: it takes neither min_tokens "
@@ -211,19 +223,32 @@ class SamplingParams:
             or self.frequency_penalty != 0
         )
 
-    def _check_tokens(self) -> None:
-        for name, limit in (("stop_tokens", STOP_TOKENS_LIMIT), ("logit_bias", LOGIT_BIAS_LIMIT)):
-            tokens = getattr(self, name)
-            if len(tokens) > limit:
-                raise ValueError(f"{name} takes at most {limit} tokens, got {len(tokens)}.")
-            for token in tokens:
-                _check_whole(f"a token of {name}", token, 0, INT_LIMIT)
-        for token, bias in self.logit_bias.items():
-            if not -BIAS_LIMIT <= bias <= BIAS_LIMIT:
+    def _check_stops(self) -> None:
+        """Check what ends a response, and make tuples of it."""
+        for name, kind in (("stop", "texts"), ("stop_tokens", "tokens")):
+            value = getattr(self, name)
+            if not isinstance(value, Iterable) or isinstance(value, str | bytes | Mapping):
+                raise ValueError(f"{name} must be a tuple of {kind}, got {value!r}.")
+            object.__setattr__(self, name, tuple(value))
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= STOP_LENGTH_LIMIT:
                 raise ValueError(
-                    f"logit_bias must lie in [-{BIAS_LIMIT:g}, {BIAS_LIMIT:g}], got {bias} for "
-                    f"token {token}."
+                    f"Each text of stop must have 1 to {STOP_LENGTH_LIMIT} characters, got "
+                    f"{text!r:.40}."
                 )
+        if len(self.stop) > STOP_LIMIT:
+            raise ValueError(f"stop takes at most {STOP_LIMIT} texts, got {len(self.stop)}.")
+        _check_tokens("stop_tokens", self.stop_tokens, STOP_TOKENS_LIMIT)
+
+    def _check_biases(self) -> None:
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(
+                f"logit_bias must be a mapping of tokens to numbers, got {self.logit_bias!r}."
+            )
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        _check_tokens("logit_bias", self.logit_bias, LOGIT_BIAS_LIMIT)
+        for token, bias in self.logit_bias.items():
+            _check_number(f"logit_bias of token {token}", bias, -BIAS_LIMIT, BIAS_LIMIT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +266,8 @@ class Request:
       tools: descriptions of tools, as chat templates take them.
 
     Raises:
-      ValueError: a priority or deadline that cannot be.
+      ValueError: a value of another type, or a priority or deadline that cannot be. What the
+        prompt holds is checked by the engine, which knows the model.
     """
 
     model: str
@@ -253,9 +279,26 @@ class Request:
     tools: Sequence[Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not isinstance(self.id, str | None):
+            raise ValueError(f"model and id must be texts, got {self.model!r} and {self.id!r}.")
+        if not isinstance(self.prompt, Collection) or isinstance(
+            self.prompt, bytes | Mapping | Set
+        ):
+            raise ValueError(
+                "prompt must be a text, a list of tokens or a list of chat messages, got a "
+                f"{_type(self.prompt)}."
+            )
+        if not isinstance(self.sampling, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, got a {_type(self.sampling)}.")
         _check_whole("priority", self.priority, -INT_LIMIT, INT_LIMIT)
-        if self.deadline_s is not None and not 0 < self.deadline_s < math.inf:
-            raise ValueError(f"deadline_s must be above 0 seconds, got {self.deadline_s}.")
+        if self.deadline_s is not None:
+            _check_number("deadline_s", self.deadline_s)
+            if not 0 < self.deadline_s < math.inf:
+                raise ValueError(f"deadline_s must be above 0 seconds, got {self.deadline_s}.")
+        if not isinstance(self.tools, Sequence) or not all(
+            isinstance(tool, Mapping) for tool in self.tools
+        ):
+            raise ValueError(f"tools must be a list of mappings, got {self.tools!r:.80}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,12 +320,12 @@ class Timings:
     @property
     def ttft(self) -> float | None:
         """Time to first token, in seconds from submission."""
-        return None if self.first_token is None else self.first_token - self.submitted
+        return _between(self.submitted, self.first_token)
 
     @property
     def latency(self) -> float | None:
         """Seconds from submission to the end."""
-        return None if self.finished is None else self.finished - self.submitted
+        return _between(self.submitted, self.finished)
 
 
 class TokenLogprobs(NamedTuple):
@@ -356,3 +399,34 @@ Event = TextDelta | RequestOutput
 def _check_whole(name: str, value: object, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{name} must be a whole number in [{low}, {high}], got {value!r}.")
+
+
+def _check_number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    zero: bool = False,
+) -> None:
+    """Refuse what is no number in [low, high], nor 0 if `zero` allows that."""
+    if not isinstance(value, int | float | np.integer | np.floating) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if not (low <= value <= high or (zero and value == 0)):
+        also = "be 0 or " if zero else ""
+        raise ValueError(f"{name} must {also}lie in [{low:g}, {high:g}], got {value}.")
+
+
+def _check_tokens(name: str, tokens: Collection[object], limit: int) -> None:
+    if len(tokens) > limit:
+        raise ValueError(f"{name} takes at most {limit} tokens, got {len(tokens)}.")
+    for token in tokens:
+        _check_whole(f"a token of {name}", token, 0, INT_LIMIT)
+
+
+def _between(start: float, end: float | None) -> float | None:
+    """Seconds; none pass while a clock is set back."""
+    return None if end is None else max(end - start, 0.0)
+
+
+def _type(value: object) -> str:
+    return type(value).__name__

@@ -17,10 +17,12 @@ import numpy as np
 
 from jaxcodec.models.cache import KVCache, pages_for
 from jaxcodec.models.config import ModelConfig
+from jaxcodec.models.transformer import Model
 from jaxcodec.serve.answers import Answer, TokenArrays
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.compilation import Job, Programs
 from jaxcodec.serve.host_pages import HostPages
+from jaxcodec.serve.pages import pages_that_fit
 from jaxcodec.serve.plan import Plan, Prefill, Sequence
 from jaxcodec.serve.request import SamplingParams
 from jaxcodec.serve.rows import WIDTH, PrefillNumbers, PrefillRow, RowTable, pad_prefill
@@ -117,13 +119,10 @@ class Runner:
         self._models = models
         self._grammars = grammars
         self._buckets = buckets
-        self._cache = cache
-        self._state = RowState.zeros(max_batch, config.vocab_size)
-        self._rows = RowTable(max_batch, buckets.pages[-1], cache.num_pages)
-        self._sampling = SamplingTable(max_batch)
+        self._max_batch = max_batch
         self._decode_steps = decode_steps
         self._programs = Programs()
-        self._host = HostPages()
+        self._begin(cache)
 
     def run(self, plan: Plan, answers: Mapping[Sequence, Answer]) -> list[Launch]:
         """Launch all that a plan says; returns the decode launches, which are on their way."""
@@ -140,6 +139,20 @@ class Runner:
             by_weights[answer.model.weights].append((answer, count))
         return [self._decode(weights, rows) for weights, rows in by_weights.items()]
 
+    def restart(self) -> None:
+        """Begin anew with nothing in the cache; what is on its way is nobody's any more.
+
+        A launch that failed has taken its donated arrays with it, and what came of others is not
+        to be trusted either.
+        """
+        self._models.restart()
+        old = self._cache
+        for array in jax.tree.leaves((old, self._state)):  # there is no room for old and new
+            if not array.is_deleted():
+                array.delete()
+        cache = KVCache.zeros(self._config, old.num_pages, old.page_size, old.k.dtype)
+        self._begin(cache)
+
     def warm_up(self) -> None:
         """Compile every launch that the models served now can ask for."""
         self._programs.compile(self._jobs())
@@ -148,6 +161,13 @@ class Runner:
         params = SamplingParams(repetition_penalty=2.0)
         sampling = enter(self._state.sampling, self._rows.padding, params, [0], [0])
         self._state = dataclasses.replace(self._state, sampling=sampling)
+
+    def _begin(self, cache: KVCache) -> None:
+        self._cache = cache
+        self._state = RowState.zeros(self._max_batch, self._config.vocab_size)
+        self._rows = RowTable(self._max_batch, self._buckets.pages[-1], cache.num_pages)
+        self._sampling = SamplingTable(self._max_batch)
+        self._host = HostPages()
 
     def _enter(self, answer: Answer) -> None:
         """Tell the tables, and the device where it must know, who is in a row."""
@@ -271,3 +291,10 @@ class Runner:
                 yield variant, self._sampling.batch(padding)
             elif self._grammars.possible:
                 yield variant, self._sampling.batch(padding, masks)
+
+
+def cache_pages(base: Model, page_size: int) -> int:
+    """Pages of `page_size` tokens in what the base has left of its device's memory."""
+    page = jax.eval_shape(lambda: KVCache.zeros(base.config, 1, page_size, base.dtype))
+    page_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(page))
+    return pages_that_fit(page_bytes, jax.local_devices()[0].memory_stats())

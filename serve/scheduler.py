@@ -8,7 +8,9 @@ page may be found, or given to somebody else, as soon as the launch that writes 
 
 import bisect
 import collections
+import dataclasses
 import itertools
+from collections.abc import Iterable
 
 from jaxcodec.serve.adapters import AdapterSlots
 from jaxcodec.serve.host_pages import HostNames
@@ -46,8 +48,10 @@ class Scheduler:
         adapters: AdapterSlots | None = None,
         host_pages: int = 0,
     ):
-        if min(max_batch, decode_steps, page_size) < 1:
-            raise ValueError("max_batch, decode_steps and page_size must be at least 1.")
+        sizes = {"max_batch": max_batch, "decode_steps": decode_steps, "page_size": page_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}.")
         if step_tokens < max_batch + 2:  # a token of a prompt, and one that follows it
             raise ValueError(
                 f"step_tokens = {step_tokens} leaves no room for prompts beside max_batch = "
@@ -68,8 +72,9 @@ class Scheduler:
         self.peak = 0
         self._rows = list(range(max_batch - 1, -1, -1))
         self._numbers = itertools.count()
-        self._virtual = 0.0
-        self._shares: dict[str, float] = collections.defaultdict(float)
+        # Each priority is a queue of its own: fair among its models, whatever the others hold.
+        self._virtual: dict[int, float] = collections.defaultdict(float)
+        self._shares: dict[tuple[int, str], float] = collections.defaultdict(float)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence: behind those of its own model, fairly among those of other models.
@@ -82,8 +87,12 @@ class Scheduler:
             raise ValueError(
                 f"{self.pool.total} pages of {self.page_size} hold no {sequence.limit} tokens."
             )
-        start = max(self._virtual, self._shares[sequence.model])
-        self._shares[sequence.model] = start + sequence.limit
+        if not self.waiting and not self.running:  # nobody is owed anything
+            self._virtual.clear()
+            self._shares.clear()
+        share = sequence.priority, sequence.model
+        start = max(self._virtual[sequence.priority], self._shares[share])
+        self._shares[share] = start + sequence.limit
         sequence.order = (sequence.priority, start, next(self._numbers))
         self._enqueue(sequence)
 
@@ -105,13 +114,19 @@ class Scheduler:
             return None
         # A token for each that decodes, one more for each whose prompt may be done in this step.
         budget = self.step_tokens - sum(s.to_decode > 0 for s in self.running)
+        behind = sum(s.to_prefill > 0 for s in self.running)
         for sequence in self.running:
             if sequence.to_prefill and budget > 1:
-                budget -= 1 + self._prefill(sequence, budget - 1, prefills)
+                behind -= 1
+                budget -= 1 + self._prefill(sequence, self._chunk(budget - 1, behind), prefills)
         # Whoever was just pushed out must not take the freed pages back in the same breath.
         while not preempted and budget > 1 and (sequence := self._admit(loads)):
             admitted.append(sequence)
-            budget -= 1 + self._prefill(sequence, budget - 1, prefills)
+            budget -= 1 + self._prefill(sequence, self._chunk(budget - 1, 0), prefills)
+        for sequence in (
+            self.running if budget > 1 else ()
+        ):  # what was left for others, who took less
+            budget -= self._prefill(sequence, budget, prefills)
         decodes = [(s, min(steps, s.to_decode)) for s in self.running if s.to_decode > 0]
         for sequence, count in decodes:
             sequence.pending += count
@@ -135,11 +150,15 @@ class Scheduler:
     def remove(self, sequence: Sequence, share: bool = True) -> None:
         """Take a sequence out, wherever it is; all its pages become free or findable.
 
+        Those of its model that wait move up by what it has not used of its share.
+
         Args:
           share: leave its full pages in the prefix tree; False for contents not to be trusted.
         """
         if sequence.node is None:
             del self.waiting[self._place_of(sequence)]
+        self._refund(sequence)
+        if sequence.node is None:
             return
         if share:
             self._share(sequence)
@@ -147,6 +166,20 @@ class Scheduler:
         self._release(sequence)
         if not share:
             self.pool.give_back(self.tree.forget(node))
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """Forget everything but these sequences, which wait at their old places then.
+
+        For when contents of pages are lost: all that was computed is computed again.
+        """
+        self.pool, self.tree = PagePool(self.pool.total), PrefixTree()
+        self.host.clear()
+        self.adapters.clear()
+        self.running, self._rows = [], list(range(self.max_batch - 1, -1, -1))
+        self.waiting = sorted(sequences, key=lambda s: s.order)
+        for sequence in self.waiting:
+            sequence.node, sequence.row, sequence.pages = None, NO_ROW, []
+            sequence.cached = sequence.pending = 0
 
     def counts(self) -> PageCounts:
         """Pages by state, now."""
@@ -204,8 +237,19 @@ class Scheduler:
         head, victim = self.waiting[0], self._victim()
         if head.priority >= victim.priority:
             return True
-        room = self.pool.free + self.tree.evictable >= self._pages_wanted(head)
+        node = self.tree.match(head.names, self._findable(head))
+        own = self._pages_wanted(head) - node.depth
+        known = sum(n.locks == 0 for n in node.path())
+        room = self.pool.free + self.tree.evictable - known >= own
         if self._rows and room and self.adapters.can_acquire(head.adapter):
+            return True
+        # Pushing out all that are less urgent must be enough, or it is for nothing.
+        stay = [s for s in self.running if s.priority <= head.priority]
+        kept = {*node.pages(), *(page for s in stay for page in s.pages)}
+        users = {s.adapter for s in stay}
+        if self.pool.total - len(kept) < own or not self.adapters.could_acquire(
+            head.adapter, users
+        ):
             return True
         if settled:
             preempted.append(self._preempt(victim))
@@ -246,6 +290,13 @@ class Scheduler:
         """Who is pushed out first: the last admitted of the least urgent."""
         return max(reversed(self.running), key=lambda s: s.priority)
 
+    def _chunk(self, budget: int, behind: int) -> int:
+        """Most tokens of one prompt, of `budget` left: half of it where others want some too.
+
+        So a long prompt delays the first tokens of short ones by steps, not by its own length.
+        """
+        return -(-budget // 2) if behind or (self.waiting and self._rows) else budget
+
     def _prefill(self, sequence: Sequence, budget: int, prefills: list[Prefill]) -> int:
         """Plan a chunk of a sequence that is not wholly cached; returns its tokens.
 
@@ -258,7 +309,13 @@ class Scheduler:
             end = min(end, boundary)
         count = min(end - start, budget)
         if count > 0:
-            prefills.append(Prefill(sequence, start, count, by_prompt_writer))
+            chunk = Prefill(sequence, start, count, by_prompt_writer)
+            before = next((i for i, p in enumerate(prefills) if chunk.follows(p)), None)
+            if before is None:
+                prefills.append(chunk)
+            else:  # nobody between them can have read what is only planned now
+                first = prefills[before]
+                prefills[before] = dataclasses.replace(first, count=first.count + count)
             sequence.cached += count
             self._share(sequence)
         return count
@@ -319,7 +376,8 @@ class Scheduler:
         sequence.slot, is_new = self.adapters.acquire(sequence.adapter)
         if is_new and sequence.adapter is not None:
             loads.append((sequence.adapter, sequence.slot))
-        self._virtual = max(self._virtual, sequence.order[1])
+        priority, start, _ = sequence.order
+        self._virtual[priority] = max(self._virtual[priority], start)
         self.running.append(sequence)
 
     def _restore(self, sequence: Sequence, known: int) -> int:
@@ -393,6 +451,25 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.node, sequence.row, sequence.pages = None, NO_ROW, []
         sequence.cached = sequence.pending = 0
+
+    def _refund(self, sequence: Sequence) -> None:
+        """Give back what a sequence that ends here was charged for and has not used."""
+        used = 0 if sequence.reused is None else len(sequence.tokens)
+        unused = sequence.limit - used
+        if unused <= 0:
+            return
+        self._shares[sequence.priority, sequence.model] -= unused
+        behind = [
+            s
+            for s in self.waiting
+            if (s.priority, s.model) == (sequence.priority, sequence.model)
+            and s.order > sequence.order
+        ]
+        for s in behind:
+            priority, start, number = s.order
+            s.order = priority, start - unused, number
+        if behind:
+            self.waiting.sort(key=lambda s: s.order)
 
     def _enqueue(self, sequence: Sequence) -> None:
         bisect.insort(self.waiting, sequence, key=lambda s: s.order)

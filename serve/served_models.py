@@ -106,6 +106,8 @@ class ServedModels:
     """
 
     def __init__(self, base: Model, name: str, bank: AdapterBank, share_prefixes: bool):
+        if not name:
+            raise ValueError("The base needs a name to be served under, got an empty one.")
         self.slots = AdapterSlots(bank.slots)
         self._bank = bank
         self._weights = {BASE: Weights(base if base.bank is None else with_bank(base, None))}
@@ -227,6 +229,13 @@ class ServedModels:
     def load(self, adapter: str, slot: int) -> None:
         """Put an adapter into a slot of the bank, after all that was launched before."""
         self._weights[BASE].load(self._adapters[adapter], slot)
+
+    def restart(self) -> None:
+        """Forget what the slots of the bank hold, which a fault may have left half written."""
+        self.slots.clear()
+        model = self._weights[BASE].model
+        if model.bank is not None:
+            self._weights[BASE] = Weights(with_bank(model, model.bank))
 
     def load_nothing(self) -> None:
         """Write the zero adapter into its slot again, for that to be compiled."""

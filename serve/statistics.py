@@ -2,11 +2,13 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from typing import Any, get_args
 
 from jaxcodec.serve.plan import PageCounts
 from jaxcodec.serve.request import FinishReason
+
+REMOVED = "(removed)"  # where the models that are served no more are counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +55,7 @@ class EngineStats(ModelStats):
       restored: pages copied back from there.
       adapter_loads: times that an adapter was put into a slot.
       pages: pages by state, now.
-      models: each model by name; models that have been removed stay.
+      models: each model by name; those that have been removed together as "(removed)".
     """
 
     seconds: float = 0.0
@@ -79,3 +81,40 @@ class EngineStats(ModelStats):
         for model in models.values():
             finished.update(model.finished)
         return cls(**totals, finished=dict(finished), models=dict(models), pages=pages, **own)
+
+
+class ModelCounts(collections.defaultdict[str, collections.Counter[str]]):
+    """By model: "submitted", each finish reason, and tokens: "prompt", "reused", "prefill" and
+    "decode"."""
+
+    def __init__(self):
+        super().__init__(collections.Counter)
+
+    def stats(
+        self,
+        waiting: Mapping[str, int],
+        running: Mapping[str, int],
+        preempted: Mapping[str, int],
+    ) -> dict[str, ModelStats]:
+        """As values, with what there is of each model now."""
+        return {
+            name: ModelStats(
+                waiting=waiting[name],
+                running=running[name],
+                finished={reason: n for reason in get_args(FinishReason) if (n := own[reason])},
+                prompt_tokens=own["prompt"],
+                reused_tokens=own["reused"],
+                prefill_tokens=own["prefill"],
+                decode_tokens=own["decode"],
+                preemptions=preempted[name],
+            )
+            for name, own in self.items()
+        }
+
+    def fold(self, served: Collection[str], preempted: collections.Counter[str]) -> None:
+        """Count as one the models that are not served any more and have no response left."""
+        for name in [name for name in self if name not in served and name != REMOVED]:
+            own = self[name]
+            if own["submitted"] == sum(own[reason] for reason in get_args(FinishReason)):
+                self[REMOVED].update(self.pop(name))
+                preempted[REMOVED] += preempted.pop(name, 0)

@@ -80,7 +80,7 @@ def write_chrome_trace(path: str | Path, timeline: Timeline) -> None:
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     """What `write_chrome_trace` writes, in the JSON object form of the Trace Event Format."""
-    responses = timeline.responses()
+    responses = [_ascending(notes) for notes in timeline.responses()]
     models = sorted({_model(notes) for notes in responses} - {ENGINE})
     # Processes and threads are numbered as on Linux: from 1 on, and no number twice.
     processes = {name: pid for pid, name in enumerate([ENGINE, *models], start=1)}
@@ -114,6 +114,12 @@ def _stretches(notes: Iterable[Note]) -> Iterator[tuple[str, float, float, dict[
         elif name == "decode":
             details = {}
         yield name, note.time_s, following.time_s, details
+
+
+def _ascending(notes: list[Note]) -> list[Note]:
+    """The same, with no time passing while the clock was set back."""
+    times = itertools.accumulate((note.time_s for note in notes), max)
+    return [note._replace(time_s=time_s) for note, time_s in zip(notes, times, strict=True)]
 
 
 def _model(notes: list[Note]) -> str:

@@ -13,6 +13,7 @@ from jaxcodec.models.load import load_model
 from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
+    Adapter,
     AdapterBank,
     bank_positions,
     init_adapter,
@@ -125,6 +126,26 @@ def test_what_does_not_fit_is_refused(base: Model, banked: Model, random_adapter
         set_adapter(banked, adapter, 3)
     with pytest.raises(ValueError, match="Unknown targets.*'lm_head'"):
         init_adapter(base, jax.random.key(0), targets=("lm_head",))
+
+
+def test_an_adapter_by_hand_is_checked_as_one_from_a_file(banked: Model, random_adapter) -> None:
+    adapter = random_adapter(banked, 0)
+    with pytest.raises(ValueError, match="rank must be 1 or more .* got 0"):
+        Adapter(adapter.weights, 0, 1.0)
+    with pytest.raises(ValueError, match="alpha finite, got 4, nan"):
+        Adapter(adapter.weights, 4, float("nan"))
+    with pytest.raises(ValueError, match="holds no weights"):
+        slot_values(banked, Adapter({}, 4, 1.0))
+    path, (a_kr, b_rn) = next(iter(adapter.weights.items()))
+    for pair in ((a_kr[:, :3], b_rn), (a_kr, b_rn[:3]), (a_kr[1:], b_rn), (b_rn, a_kr)):
+        wrong = Adapter({**adapter.weights, path: pair}, 4, 1.0)
+        for put in (slot_values, lambda model, adapter: set_adapter(model, adapter, 1)):
+            with pytest.raises(ValueError, match=f"{path}: A and B must be .* for rank 4, got"):
+                put(banked, wrong)
+    for broken in (float("nan"), float("inf")):
+        wrong = Adapter({path: (a_kr, b_rn.at[0, 0].set(broken))}, 4, 1.0)
+        with pytest.raises(ValueError, match=f"NaN or infinity in lora_b of {path}"):
+            slot_values(banked, wrong)
 
 
 def test_a_slot_written_in_place_is_the_slot_that_was_set(banked: Model, random_adapter) -> None:

@@ -34,7 +34,7 @@ from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import QueueFull, Request, RequestOutput, SamplingParams, Structure
 
 WEIGHTS = Path(__file__).parents[2] / "demo" / "weights"
-POISONED = "poisoned"  # names that begin so have NaN in their adapters
+POISONED = "poisoned"  # names that begin so have adapters so large that their products are infinite
 ANSWER = {"type": "object", "properties": {"total": {"type": "integer"}}, "required": ["total"]}
 PAGES = 40  # two or three of the longer contexts, for sixteen rows
 STEP_S = 0.01  # what a step takes by the soak's clock
@@ -98,8 +98,7 @@ class Soak:
                 else:
                     self._streamed[event.id, event.index].append(event.token)
             if self._open and rng.random() < 0.02:
-                for output in engine.cancel(rng.choice(list(self._open))):
-                    self._end(output)
+                self._cancel(rng.choice(list(self._open)))
             if rng.random() < 0.02:
                 self._reload()
             if rng.random() < 0.02:
@@ -134,6 +133,12 @@ class Soak:
         self.counts["submitted"] += 1
         self._open[id], self._left[id] = request, request.sampling.n
         return True
+
+    def _cancel(self, id: str) -> None:
+        try:
+            self.engine.cancel(id)
+        except ValueError:  # it was cancelled just now, and its end comes with the next step
+            self.counts["cancelled twice"] += 1
 
     def _end(self, output: RequestOutput) -> None:
         request = self._open[output.id]
@@ -179,7 +184,7 @@ def shipped_models(base: Model) -> tuple[Adapters, dict[str, Model]]:
             adapters[name] = scheme, load_adapter(WEIGHTS / name, base)
     for scheme, kind in ((ICARUS, "icarus"), (CONVENTIONAL, "conventional")):
         _, healthy = adapters[f"{kind}-compute"]
-        broken = jax.tree.map(lambda x: x * float("nan"), healthy)
+        broken = jax.tree.map(lambda x: jnp.full_like(x, 1e30), healthy)
         adapters[f"{POISONED}-{kind}"] = scheme, broken
     name = "prefill-share-compute"
     return adapters, {name: load_model(WEIGHTS / name, base.dtype)}

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -180,3 +181,76 @@ def test_a_fault_of_the_engine_reaches_everybody(engine: Engine, monkeypatch) ->
                     await collect(served.stream(request(i)))
 
     run(serve())
+
+
+def test_many_live_streams_end_with_the_block(engine: Engine) -> None:
+    async def serve() -> list[list[Event]]:
+        async with AsyncEngine(engine) as served:
+            tasks = [asyncio.create_task(collect(served.stream(request(i, 30)))) for i in range(5)]
+            late = [served.stream(request(i, 30)) for i in range(3)]
+            for events in late:
+                await anext(events)
+        await asyncio.gather(*(events.aclose() for events in late))
+        return await asyncio.gather(*tasks)
+
+    assert {events[-1].finish_reason for events in run(serve())} <= {"cancelled", "length"}
+    assert not engine.busy
+    engine.check()
+
+
+def test_a_request_is_cancelled_by_its_id(engine: Engine) -> None:
+    async def serve() -> list[Event]:
+        async with AsyncEngine(engine) as served:
+            asked = Request("first", [5], dataclasses.replace(LONG, n=2), id="mine")
+            running = served.stream(asked)
+            await anext(running)
+            await served.cancel("mine")
+            rest = await collect(running)
+            with pytest.raises(ValueError, match="No request with the id 'mine'"):
+                await served.cancel("mine")
+            assert len(await collect(served.stream(dataclasses.replace(asked, sampling=LONG)))) > 1
+            return rest
+
+    ends = [event for event in run(serve()) if isinstance(event, RequestOutput)]
+    assert [end.finish_reason for end in ends] == ["cancelled"] * 2
+    assert not engine.busy
+
+
+def test_an_id_is_free_once_its_stream_was_left(engine: Engine) -> None:
+    async def serve() -> None:
+        async with AsyncEngine(engine) as served:
+            for _ in range(3):
+                running = served.stream(Request("first", [5], LONG, id="same"))
+                await anext(running)
+                await running.aclose()
+            last = await collect(served.stream(Request("first", [5], LONG, id="same")))
+            assert last[-1].finish_reason == "length"
+
+    run(serve())
+
+
+def test_outside_its_block_nothing_is_served(engine: Engine) -> None:
+    async def serve() -> None:
+        served = AsyncEngine(engine)
+        with pytest.raises(RuntimeError, match="inside its `async with` block"):
+            await collect(served.stream(request(0)))
+        async with served:
+            assert len(await collect(served.stream(request(0)))) == 5
+        with pytest.raises(RuntimeError, match="inside its `async with` block"):
+            await collect(served.stream(request(0)))
+        with pytest.raises(RuntimeError, match="make another"):
+            await served.__aenter__()
+
+    run(serve())
+    assert not engine.busy
+
+
+def test_what_is_submitted_by_a_call_is_served_too(engine: Engine) -> None:
+    async def serve() -> None:
+        async with AsyncEngine(engine) as served:
+            await served.call(engine.submit, request(0))
+            while (await served.call(engine.stats)).finished != {"length": 1}:
+                await asyncio.sleep(0.01)
+
+    run(serve())
+    assert not engine.busy

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import pytest
+
 from jaxcodec.serve.batch_loop import generate, stream
 from jaxcodec.serve.request import Request, RequestOutput, SamplingParams, TextDelta
 
@@ -59,9 +61,68 @@ def test_an_abandoned_stream_leaves_nothing(engine) -> None:
     events = stream(engine, some_requests(2))
     next(events)
     events.close()
-    assert not engine.busy
     engine.check()
     assert engine.stats().pages.held == 0
+    ends = engine.step()
+    assert [end.finish_reason for end in ends] == ["cancelled"] * 2
+    assert not engine.busy
+
+
+def test_what_on_text_cancels_ends(make_engine, tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True, logit_bias={65: 100.0})
+    requests = [Request("first", "Once", sampling, id=id) for id in ("left", "kept")]
+
+    def on_text(request: Request, text: str) -> None:
+        assert text == "A"
+        told.append(request.id)
+        if request.id == "left":
+            engine.cancel("left")
+
+    told: list[str | None] = []
+    engine = make_engine(tokenizer=tokenizer, decode_steps=1)
+    left, kept = generate(engine, requests, on_text)
+    assert (left.finish_reason, kept.finish_reason) == ("cancelled", "length")
+    assert left.text == "A"
+    assert told.count("kept") == 20
+    assert not engine.busy
+
+
+def test_what_on_text_raises_is_seen_and_the_ids_are_free_again(make_engine, tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=5, ignore_eos=True)
+    requests = [Request("first", "Once", sampling, id=id) for id in ("a", "b")]
+
+    def fail(request: Request, text: str) -> None:
+        engine.cancel("b")
+        raise KeyError("mine")
+
+    engine = make_engine(tokenizer=tokenizer)
+    with pytest.raises(KeyError, match="mine"):
+        generate(engine, requests, fail)
+    assert engine.stats().pages.held == 0
+    assert [o.finish_reason for o in generate(engine, requests)] == ["length"] * 2
+    assert not engine.busy
+
+
+def test_a_fault_of_the_engine_is_not_hidden(engine, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine, "step", fail)
+    monkeypatch.setattr(engine, "cancel", lambda id: engine.submit(None))
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        generate(engine, some_requests(2))
+
+
+def test_a_tokenizer_that_fails_on_a_prompt_fails_one_request(make_engine, tokenizer) -> None:
+    def encode(text: str) -> list[int]:
+        raise KeyError(text)
+
+    tokenizer.encode = encode
+    requests = [Request("first", "Once"), Request("first", [True, 1]), *some_requests(1)]
+    outputs = generate(make_engine(tokenizer=tokenizer), requests)
+    assert [o.finish_reason for o in outputs] == ["error", "error", "length"]
+    assert "does not take the prompt: KeyError" in str(outputs[0].error)
+    assert "whole numbers in [0, 256), the model's vocabulary, got True" in str(outputs[1].error)
 
 
 def test_no_requests_are_no_work(engine) -> None:

@@ -12,6 +12,8 @@ from jaxcodec.models.load import copy_tokenizer, save_model
 from jaxcodec.models.lora import init_adapter, save_adapter
 from jaxcodec.models.transformer import init_model
 from jaxcodec.serve.__main__ import main
+from jaxcodec.serve.batch_loop import stream
+from jaxcodec.serve.request import RequestOutput
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -65,7 +67,7 @@ def test_prompts_are_answered_and_bad_lines_reported(
         monkeypatch,
         *("--model", directory / "base", "--icarus", f"zero={directory / 'zero'}"),
         *("--prefill-share", f"module={directory / 'module'}", "--pages", 32),
-        *("--host-pages", 8),
+        *("--host-pages", 8, "--max-waiting", 2),
         *("--prompts", prompts, "--out", out, "--trace", tmp_path / "trace.json"),
         *("--compilation-cache", tmp_path / "compiled"),
     )
@@ -105,3 +107,25 @@ def test_what_cannot_start_says_why(
     assert run(monkeypatch, *given, "--out", tmp_path / "out.jsonl", *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("fault", "status"), [(KeyboardInterrupt(), 130), (ValueError("no"), 2)])
+def test_what_was_answered_is_written_whatever_stops_it(
+    fault: BaseException, status: int, directory: Path, tmp_path: Path, monkeypatch
+) -> None:
+    lines = [{"prompt": "a", "max_tokens": 1 + 20 * i, "ignore_eos": True} for i in range(2)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def stopped(engine, requests):
+        for i, event in stream(engine, requests):
+            yield i, event
+            if isinstance(event, RequestOutput):
+                raise fault
+
+    monkeypatch.setattr("jaxcodec.serve.__main__.stream", stopped)
+    given = ["--model", directory / "base", "--prompts", tmp_path / "prompts.jsonl"]
+    given += ["--pages", 8, "--out", tmp_path / "out.jsonl", "--trace", tmp_path / "trace.json"]
+    assert run(monkeypatch, *given) == status
+    [answer] = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (answer["line"], len(answer["tokens"])) == (1, 1)
+    assert (tmp_path / "trace.json").exists()

@@ -220,7 +220,13 @@ def test_cancelling_frees_everything_at_once(make_engine, plain) -> None:
     ids = [engine.submit(Request("first", p, GREEDY)) for p in prompts]
     events = [event for _ in range(3) for event in engine.step()]
     assert engine.stats().running == 2
-    (running,), (waiting,) = engine.cancel(ids[0]), engine.cancel(ids[2])
+    engine.cancel(ids[0])
+    engine.cancel(ids[2])
+    assert (engine.stats().running, engine.stats().waiting) == (1, 0)
+    running, waiting, *later = engine.step()
+    assert isinstance(running, RequestOutput)
+    assert isinstance(waiting, RequestOutput)
+    events += later
     assert (running.finish_reason, len(running.tokens)) == ("cancelled", 2)
     assert (waiting.finish_reason, waiting.tokens) == ("cancelled", ())
     engine.check()

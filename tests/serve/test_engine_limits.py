@@ -128,7 +128,12 @@ def test_cancelling_ends_all_that_is_left_of_a_request(make_icarus) -> None:
     id = engine.submit(Request("first", prompt(5), sampling))
     for _ in range(3):
         engine.step()
-    assert [(o.index, o.finish_reason) for o in engine.cancel(id)] == [
+    engine.cancel(id)
+    assert (engine.stats().running, engine.stats().waiting, engine.busy) == (0, 0, True)
+    with pytest.raises(QueueFull, match="ends with the next step"):
+        engine.submit(Request("first", prompt(5), sampling, id=id))
+    ends = engine.step()
+    assert [(e.index, e.finish_reason) for e in ends if isinstance(e, RequestOutput)] == [
         (k, "cancelled") for k in range(3)
     ]
     assert not engine.busy
@@ -288,3 +293,41 @@ def test_rows_of_one_prefill_read_what_others_of_it_write(base, adapters, make_i
     # the first computes seven tokens; four of them are a page that the others find
     assert stats.prefill_tokens == 7 + 3 + 3
     assert [o.tokens for o in finish(engine).values()] == [o.tokens for o in alone]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 0}, "must be at least 1, got 0, 64 and 1024"),
+        ({"pages": 0}, "must be at least 1, got 4, 0 and 1024"),
+        ({"max_waiting": 0}, "must be at least 1, got 4, 64 and 0"),
+        ({"host_pages": -1}, "host_pages must be at least 0, got -1"),
+        ({"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        ({"decode_steps": 0}, "decode_steps must be at least 1, got 0"),
+        ({"name": ""}, "needs a name"),
+    ],
+    ids=str,
+)
+def test_sizes_that_are_none_are_refused(make_icarus, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_icarus(**options)
+
+
+def test_what_has_gone_is_not_kept(make_icarus, adapters) -> None:
+    engine = make_icarus(pages=64)
+    for i in range(100):
+        name = f"version {i}"
+        engine.add_model(name, ICARUS, adapter=adapters["first"])
+        engine.cancel(engine.submit(Request(name, prompt(5), GREEDY, deadline_s=1e9)))
+        engine.remove_model(name)
+    assert len(engine._deadlines) <= 64
+    stats = engine.stats()
+    assert {*stats.models} <= {"base", "first", "second", "(removed)"}
+    assert stats.finished == stats.models["(removed)"].finished == {"cancelled": 100}
+
+
+def test_ids_that_the_engine_gives_are_not_in_use(make_icarus) -> None:
+    engine = make_icarus()
+    given = [engine.submit(Request("base", prompt(3), GREEDY, id=f"request-{k}")) for k in (1, 2)]
+    assert engine.submit(Request("base", prompt(3), GREEDY)) not in given
+    finish(engine)

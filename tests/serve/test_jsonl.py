@@ -65,7 +65,7 @@ def test_a_line_may_ask_for_a_structure(structured: dict, expected: Structure) -
         ('{"messages": [], "tools": [3]}', "'tools' must be a list of objects"),
         ('{"prompt": "a", "logit_bias": [3]}', "'logit_bias' must be an object"),
         ('{"prompt": "a", "logit_bias": {"x": 1}}', "'logit_bias' must be an object"),
-        ('{"prompt": "a", "logit_bias": {"3": "x"}}', "wrong type"),
+        ('{"prompt": "a", "logit_bias": {"3": "x"}}', "logit_bias of token 3 must be a number"),
         ('{"prompt": "a", "structured": "a"}', "'structured' must be an object"),
         ('{"prompt": "a", "structured": {"regex": "a", "grammar": "b"}}', "'structured' must be"),
         ('{"prompt": "a", "structured": {"xml": "a"}}', "must hold one of .*got 'xml' with a str"),
@@ -73,14 +73,14 @@ def test_a_line_may_ask_for_a_structure(structured: dict, expected: Structure) -
         ('{"prompt": "a", "structured": {"tool_call": [{}]}}', "with a 'name'"),
         ('{"prompt": "a", "structured": {"tool_call": ["a"]}}', "with a 'name'"),
         ('{"prompt": "a", "deadline_s": -1}', "deadline_s must be"),
-        ('{"prompt": "a", "deadline_s": "soon"}', "wrong type"),
+        ('{"prompt": "a", "deadline_s": "soon"}', "deadline_s must be a number"),
         ('{"prompt": "a", "priority": "high"}', "priority must be"),
         ('{"prompt": [1, "a"]}', "'prompt' must be"),
         ('{"prompt": "a", "model": 3}', "'model' and 'id' must be texts"),
         ('{"prompt": "a", "temprature": 1}', r"unknown keys \['temprature'\]"),
-        ('{"prompt": "a", "temperature": "hot"}', "wrong type"),
+        ('{"prompt": "a", "temperature": "hot"}', "temperature must be a number, got 'hot'"),
         ('{"prompt": "a", "top_p": 2}', "top_p must lie in"),
-        ('{"prompt": "a", "stop": 3}', "wrong type"),
+        ('{"prompt": "a", "stop": 3}', "stop must be a tuple of texts, got 3"),
     ],
 )
 def test_what_is_wrong_is_said(line: str, message: str) -> None:
@@ -95,6 +95,23 @@ def test_bad_lines_keep_their_numbers(tmp_path: Path) -> None:
     assert (one, three, four) == (1, 3, 4)
     assert (first, third) == (Request("base", "a\u2028b"), Request("base", [3]))
     assert str(second).startswith("line 3: not JSON")
+
+
+def test_a_line_too_deep_to_read_is_one_error(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    deep = "[" * 200_000 + "]" * 200_000
+    schema = '{"type": "array", "items": ' * 2000 + "{}" + "}" * 2000
+    lines = [
+        f'{{"prompt": {deep}}}',
+        f'{{"prompt": "a", "structured": {{"json_schema": {schema}}}}}',
+        '{"prompt": "a"}',
+    ]
+    file.write_text("\n".join(lines))
+    (_, first), (_, second), (_, last) = read_requests(file, "base")
+    assert "line 1: too large or too deeply nested" in str(first)
+    # how deep Python goes depends on its version
+    assert isinstance(second, Request) or "line 2" in str(second)
+    assert last == Request("base", "a")
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ import dataclasses
 import json
 import math
 import pickle
+from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxcodec.serve.request import Request, SamplingParams, Structure, Timings
@@ -48,6 +50,29 @@ from jaxcodec.serve.request import Request, SamplingParams, Structure, Timings
         ("logprobs", -1),
         ("logprobs", 21),
         ("ignore_eos", 1),
+        ("temperature", "hot"),
+        ("temperature", None),
+        ("temperature", True),
+        ("temperature", 1e39),
+        ("top_p", 1e-46),
+        ("top_p", [0.5]),
+        ("min_p", 1e-46),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 1e39),
+        ("presence_penalty", "0"),
+        ("logit_bias", None),
+        ("logit_bias", [3]),
+        ("logit_bias", {3: "x"}),
+        ("logit_bias", {True: 1.0}),
+        ("stop", None),
+        ("stop", b"ab"),
+        ("stop", ("a",) * 17),
+        ("stop", ("a" * 257,)),
+        ("stop_tokens", None),
+        ("stop_tokens", 3),
+        ("stop_tokens", (True,)),
+        ("structured", {"type": "object"}),
+        ("structured", "[ab]"),
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: object) -> None:
@@ -121,16 +146,54 @@ def test_a_structure_has_a_kind() -> None:
         Structure("xml", "<a/>")
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    half: Any = np.float32(0.5)
+    params = SamplingParams(temperature=half, logit_bias={3: half})
+    assert (params.temperature, params.logit_bias) == (0.5, {3: 0.5})
+    assert len(Request("base", np.array([1, 2])).prompt) == 2
+
+
+def test_a_schema_that_is_no_json_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be written as JSON.*set"):
+        Structure.json_schema({"enum": {1, 2}})
+    with pytest.raises(ValueError, match="regex must be a text, got a NoneType"):
+        Structure.regex(None)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("priority", 0.5), ("priority", 2**31), ("deadline_s", 0.0), ("deadline_s", math.nan)],
+    [
+        ("priority", 0.5),
+        ("priority", 2**31),
+        ("deadline_s", 0.0),
+        ("deadline_s", math.nan),
+        ("deadline_s", "x"),
+        ("deadline_s", True),
+        ("model", None),
+        ("id", 3),
+        ("prompt", None),
+        ("prompt", 5),
+        ("prompt", b"ab"),
+        ("prompt", {"role": "user", "content": "a"}),
+        ("prompt", {1, 2}),
+        ("sampling", None),
+        ("sampling", {"temperature": 1}),
+        ("tools", None),
+        ("tools", "a"),
+        ("tools", ["a"]),
+    ],
 )
-def test_a_requests_own_values_are_checked(field: str, value: float) -> None:
+def test_a_requests_own_values_are_checked(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
-        Request("base", "a", **{field: value})
+        Request(**{"model": "base", "prompt": "a", field: value})
 
 
 def test_timings_count_from_submission() -> None:
     timings = Timings(submitted=1.0, started=2.0, first_token=3.5, finished=5.0)
     assert (timings.ttft, timings.latency) == (2.5, 4.0)
     assert Timings(submitted=1.0).ttft is None
+
+
+def test_no_time_passes_while_a_clock_is_set_back() -> None:
+    timings = Timings(submitted=5.0, started=4.0, first_token=3.5, finished=3.0)
+    assert (timings.ttft, timings.latency) == (0.0, 0.0)

@@ -106,6 +106,14 @@ def test_an_id_may_be_used_again() -> None:
     assert [[n.time_s for n in notes] for notes in timeline.responses()] == [[1.0, 2.0], [5.0, 6.0]]
 
 
+def test_no_time_passes_while_the_clock_is_set_back() -> None:
+    timeline = Timeline()
+    for event, time in (("submitted", 5.0), ("admitted", 6.0), ("decode", 2.0), ("stop", 7.0)):
+        timeline.note("a", 0, event, time)
+    spans = [e for e in chrome_trace(timeline)["traceEvents"] if e["ph"] == "X"]
+    assert [e["dur"] for e in spans] == [2e6, 1e6, 0, 1e6]
+
+
 def test_the_oldest_notes_are_dropped() -> None:
     timeline = Timeline(limit=3)
     for time in range(5):
