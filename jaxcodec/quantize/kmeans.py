@@ -97,7 +97,7 @@ def _fit(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     W = W.astype(jnp.float32)
     m, N = spec.num_codebooks, W.shape[1]
-    scales_gn = _stored(_norms(W, spec.group_size), dtype)
+    scales_gn = stored(_norms(W, spec.group_size), dtype)
     points, weights = _points(W, scales_gn, spec)
     codes, books = [], []
     rest = points
@@ -105,7 +105,7 @@ def _fit(
         with jax.named_scope(f"kmeans{c}"):
             key_c = jax.random.fold_in(key, c)
             book = _lloyd(rest, weights, key_c, spec.codebook_size, iterations)
-            books.append(_stored(book, dtype))
+            books.append(stored(book, dtype))
             codes.append(_step(rest, weights, books[c])[0])
             rest = rest - books[c][codes[c]]
 
@@ -115,9 +115,9 @@ def _fit(
         for c in range(m):
             rest = points - _decode(codes, books, without=c)
             codes[c], sums, mass, _ = _step(rest, weights, books[c])
-            books[c] = _stored(_means(sums, mass, books[c]), dtype)
+            books[c] = stored(_means(sums, mass, books[c]), dtype)
         scales_gn = _refit(W, _decode(codes, books), scales_gn, spec)
-        return codes, books, _stored(scales_gn, dtype)
+        return codes, books, stored(scales_gn, dtype)
 
     codes, books, scales_gn = jax.lax.fori_loop(0, rounds, refine, (codes, books, scales_gn))
     codes_mjn = jnp.stack(codes).reshape(m, -1, N)
@@ -130,7 +130,7 @@ def _norms(W: jax.Array, g: int) -> jax.Array:
     return jnp.linalg.norm(W.astype(jnp.float32).reshape(K // g, g, N), axis=1)
 
 
-def _stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def stored(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """The float32 value that `x` has once stored, so that later steps make up for the rounding."""
     # Not a cast there and back, which XLA may leave out.
     info = jnp.finfo(dtype)

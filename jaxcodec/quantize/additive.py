@@ -1,0 +1,288 @@
+"""Codebooks of one matrix for the inputs it sees: k-means, then floats and codes in turn.
+
+Minimises tr(dW^T H dW) = sum over tokens of |x dW|^2 / tokens, where dW = W - W' and
+H = X^T X / tokens, in rounds of
+
+1. Adam on codebooks and scales at fixed codes (AQLM section 3.2, phase 2),
+2. beam search over the codes at fixed codebooks and scales (phase 1).
+
+Without data H = I, and the objective is the squared error of the weights.
+
+Letters: W [K, N]; m codebooks of S = 2**b centroids, v weights a code, g weights a scale;
+J = K // v code positions, G = K // g groups.
+Source: AQLM (arXiv 2401.06118) section 3; the scales of CodeGEMM (arXiv 2512.17970).
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxcodec.pack import pack_codes, unpack_codes
+from jaxcodec.quantize.beam_search import PRECISION, beam_search
+from jaxcodec.quantize.kmeans import ITERATIONS, ROUNDS, quantize_kmeans, stored
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import CodebookTensor, dequantize
+
+# Adam's decay rates in the authors' code (Vahe1994/AQLM): no momentum, and AMSGrad.
+BETAS = (0.0, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdditiveOptions:
+    """How much work a matrix is worth.
+
+    Attributes:
+      iterations: most Lloyd iterations for each codebook.
+      refinements: rounds of least squares over all codebooks and scales after k-means.
+      rounds: most rounds of Adam and beam search.
+      steps: Adam steps a round.
+      learning_rate: of Adam, relative to the root mean square of all codebooks, or all scales.
+      beam: hypotheses a column in the search.
+      tolerance: stop after a round that lowers the objective by less than this fraction of it.
+      damping: added to the diagonal of H, relative to its mean, so that inputs that never
+        occurred still count for something.
+
+    Raises:
+      ValueError: a field out of range.
+    """
+
+    iterations: int = ITERATIONS
+    refinements: int = ROUNDS
+    rounds: int = 8
+    steps: int = 100
+    learning_rate: float = 1e-3
+    beam: int = 1
+    tolerance: float = 0.01  # AQLM's relative_mse_tolerance
+    damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("iterations", 1),
+            ("refinements", 0),
+            ("rounds", 0),
+            ("steps", 0),
+            ("beam", 1),
+            ("tolerance", 0),
+            ("damping", 0),
+            ("learning_rate", 0),
+        ):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+
+PRESETS = {
+    "fast": AdditiveOptions(rounds=1, steps=25),
+    "default": AdditiveOptions(),
+    "best": AdditiveOptions(rounds=40, beam=4, tolerance=1e-3),
+}
+
+
+class Stage(NamedTuple):
+    """One step on the way: what was done, and tr(dW^T H dW) / tr(W^T H W) after it."""
+
+    name: str
+    error: float
+
+
+def quantize_additive(
+    W: jax.Array,
+    H: jax.Array | None,
+    spec: CodebookSpec,
+    key: jax.Array,
+    options: AdditiveOptions = PRESETS["default"],
+    dtype: jnp.dtype = jnp.bfloat16,
+) -> tuple[CodebookTensor, tuple[Stage, ...]]:
+    """The matrix W [K, N] as codes, codebooks and scales for inputs of the Hessian H.
+
+    Columns of W may be spread over devices; codebooks are then the same on all of them.
+
+    Args:
+      W: any float dtype; the arithmetic is float32.
+      H: [K, K], X^T X / tokens; None for no data, H = I.
+      spec: the format.
+      key: PRNG key of all random choices.
+      options: how much work.
+      dtype: of codebooks and scales.
+
+    Returns:
+      (the tensor, the stages with their errors: none is above the one before, but that the last
+      one is for floats rounded to `dtype`).
+
+    Raises:
+      ValueError: as `quantize_kmeans`; H is not a Hessian of W's inputs: its shape, a value that
+        is not finite, a negative diagonal, or no input at all.
+    """
+    start_key, search_key = jax.random.split(key)
+    w = quantize_kmeans(W, spec, start_key, options.iterations, options.refinements, dtype)
+    return refine(W, damped(H, w.shape[0], options.damping), w, search_key, options)
+
+
+def refine(
+    W: jax.Array,
+    H: jax.Array,
+    w: CodebookTensor,
+    key: jax.Array,
+    options: AdditiveOptions = PRESETS["default"],
+) -> tuple[CodebookTensor, tuple[Stage, ...]]:
+    """A codebook tensor brought nearer to W by rounds of Adam and beam search.
+
+    Args:
+      W: float [K, N].
+      H: f32 [K, K].
+      w: the start, [K, N].
+      key: PRNG key of the orders of the search.
+      options: rounds and what is in them.
+
+    Returns:
+      (the tensor in the dtype of `w`, its stages; the first is the start).
+    """
+    spec, dtype = w.spec, w.dtype
+    W = W.astype(jnp.float32)
+    codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
+    energy = _energy(W, H)
+
+    def stage(name: str) -> Stage:
+        error = float(objective(W, H, CodebookTensor(codes, books, scales)))
+        return Stage(name, error / float(energy) if error > 0 else 0.0)
+
+    stages = [stage("kmeans")]
+    for i in range(options.rounds):
+        before = stages[-1].error
+        books, scales = fit_floats(
+            W, H, energy, codes, books, scales, options.steps, options.learning_rate
+        )
+        stages.append(stage("adam"))
+        codes = _search(W, H, codes, books, scales, jax.random.fold_in(key, i), spec, options.beam)
+        stages.append(stage("beam_search"))
+        if not stages[-1].error < (1 - options.tolerance) * before:
+            break
+    if options.rounds:
+        # The codes make up for the rounding of what they point at.
+        books, scales = stored(books, dtype), stored(scales, dtype)
+        last = jax.random.fold_in(key, options.rounds)
+        codes = _search(W, H, codes, books, scales, last, spec, options.beam)
+        stages.append(stage("rounded"))
+    w = CodebookTensor(codes, books.astype(dtype), scales.astype(dtype)).check("W")
+    return w, tuple(stages)
+
+
+@jax.jit
+def objective(W: jax.Array, H: jax.Array, w: CodebookTensor) -> jax.Array:
+    """f32 [], tr(dW^T H dW) with dW = W - dequantize(w)."""
+    return _energy(W.astype(jnp.float32) - dequantize(w, jnp.float32), H)
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+def fit_floats(
+    W: jax.Array,
+    H: jax.Array,
+    energy: jax.Array,
+    codes: jax.Array,
+    books: jax.Array,
+    scales: jax.Array,
+    steps: int,
+    learning_rate: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Codebooks and scales of the least objective that Adam meets, the first ones included.
+
+    Args:
+      W: f32 [K, N].
+      H: f32 [K, K].
+      energy: f32 [], tr(W^T H W): the objective's unit.
+      codes: packed uint32, fixed.
+      books: f32 [m, S, v].
+      scales: f32 [G, N].
+      steps: Adam steps.
+      learning_rate: relative to the root mean square of books, or scales.
+    """
+    # In units of their own size, so that one learning rate fits every matrix.
+    units = tuple(_power_of_two(jnp.sqrt(jnp.mean(jnp.square(x)))) for x in (books, scales))
+    # A scale's share of the relative objective is of order one, far above Adam's epsilon.
+    unit = scales.size / jnp.where(energy > 0, energy, 1.0)
+    optimizer = optax.amsgrad(learning_rate, b1=BETAS[0], b2=BETAS[1])
+
+    def loss_and_gradient(params):
+        def decode(params):
+            books, scales = jax.tree.map(jnp.multiply, params, units)
+            return dequantize(CodebookTensor(codes, books, scales), jnp.float32)
+
+        W_, pull = jax.vjp(decode, params)
+        dW = W - W_
+        P = jnp.dot(H, dW, precision=PRECISION)  # the one product with H serves both
+        (gradient,) = pull(-2 * unit * P)
+        return unit * jnp.sum(dW * P), gradient
+
+    def step(_, state):
+        params, adam, best, least = state
+        loss, gradient = loss_and_gradient(params)
+        best = jax.tree.map(lambda x, y: jnp.where(loss < least, x, y), params, best)
+        updates, adam = optimizer.update(gradient, adam, params)
+        return optax.apply_updates(params, updates), adam, best, jnp.minimum(loss, least)
+
+    with jax.named_scope("adam"):
+        params = jax.tree.map(jnp.divide, (books, scales), units)
+        state = (params, optimizer.init(params), params, jnp.float32(jnp.inf))
+        params, _, best, least = jax.lax.fori_loop(0, steps, step, state)
+        loss, _ = loss_and_gradient(params)
+        best = jax.tree.map(lambda x, y: jnp.where(loss < least, x, y), params, best)
+        return jax.tree.map(jnp.multiply, best, units)
+
+
+def _search(
+    W: jax.Array,
+    H: jax.Array,
+    codes: jax.Array,
+    books: jax.Array,
+    scales: jax.Array,
+    key: jax.Array,
+    spec: CodebookSpec,
+    beam: int,
+) -> jax.Array:
+    """Packed codes in, packed codes out."""
+    codes_mjn = beam_search(W, H, unpack_codes(codes, spec.bits), books, scales, key, spec, beam)
+    return pack_codes(codes_mjn, spec.bits)
+
+
+def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
+    """f32 [K, K], symmetric and with `damping` times the mean of the diagonal added to it.
+
+    None stands for the identity. A singular H, of fewer tokens than inputs or of inputs that are
+    always zero, thereby still says something of every weight (GPTQ, arXiv 2210.17323, section
+    3.3, step 3).
+
+    Raises:
+      ValueError: see `quantize_additive`.
+    """
+    if H is None:
+        return jnp.eye(K)
+    H = jnp.asarray(H, jnp.float32)
+    if H.shape != (K, K):
+        raise ValueError(f"H must be [K, K] with K = {K}, the inputs of W, got {list(H.shape)}.")
+    if bad := int(jnp.sum(~jnp.isfinite(H))):
+        raise ValueError(
+            f"H holds {bad} values that are NaN or infinite: the calibration inputs do, or they "
+            "are too large to be squared in float32."
+        )
+    diagonal = jnp.diagonal(H)
+    least, mean = float(jnp.min(diagonal)), float(jnp.mean(diagonal))
+    if least < 0 or mean == 0:
+        raise ValueError(
+            "H must be X^T X / tokens of inputs that are not all zero; the mean of its diagonal "
+            f"is {mean:.3g}, the least value there {least:.3g}."
+        )
+    return (H + H.T) / 2 + damping * mean * jnp.eye(K)
+
+
+@jax.jit
+def _energy(W: jax.Array, H: jax.Array) -> jax.Array:
+    """tr(W^T H W)."""
+    return jnp.sum(W * jnp.dot(H, W, precision=PRECISION))
+
+
+def _power_of_two(x: jax.Array) -> jax.Array:
+    """The power of two at or below x > 0; 1 for 0."""
+    return jnp.where(x > 0, jnp.exp2(jnp.floor(jnp.log2(x))), 1.0)
