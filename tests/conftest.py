@@ -5,6 +5,10 @@ import os
 import jax
 import pytest
 
+# An interpreted kernel calls back from its threads: on two cores, work sent after it could take the
+# thread that its callbacks wait for.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 # Tokenizers and configs come from the test's own files; a hub look-up is a mistake.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
