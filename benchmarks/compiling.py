@@ -22,8 +22,9 @@ from benchmarks.cases import (
     make_weights,
     multiplication,
 )
+from jaxcodec.pallas_kernels.timing import turn
 
-# More gain little: tracing and lowering hold Python's lock for a third of the time.
+# More gain little: a process compiles one Mosaic kernel at a time.
 WORKERS = 6
 PRODUCTS_OF_XLA = ("dense_bf16", "dequantize", "reference")
 # Compiler options of what is never timed: XLA then runs no candidates to choose among.
@@ -51,9 +52,10 @@ class Compiler:
                 else:
                     self._submit(("timed", item), timed, item)
         self.compile_cases(item.case for item in items if item.kernel not in rivals.AQLM_CODEBOOKS)
-        for item in tuned:
-            self._submit(("timed", item), timed, item)
-            concurrent.futures.wait(self._futures.values())
+        with turn():
+            for item in tuned:
+                self._submit(("timed", item), timed, item)
+                concurrent.futures.wait(self._futures.values())
 
     def compile_cases(self, keys: Iterable[CaseKey]) -> None:
         """Compile the programs of cases, each but once, and wait."""

@@ -2,6 +2,10 @@
 
     python -m benchmarks.kernels                  # from the repository's root; under 9 minutes
     python -m benchmarks.kernels --decode-step    # a whole decode step of Llama-3.1-8B as well
+    python -m benchmarks.kernels --resume         # only what the results lack
+
+Runs side by side, each with `--resume` and shapes of its own, write to the same results and take
+turns at the GPU.
 
 Kernel time of everything that a call launches, by CUPTI, over distinct copies of the weight that
 together exceed the L2 cache; the median of 5 runs. The time is that of the result in x's dtype.
@@ -46,6 +50,8 @@ from benchmarks.cases import (
 )
 from benchmarks.compiling import Compiler, timed
 from benchmarks.tables import report
+from jaxcodec.checkpoints.files import replacement
+from jaxcodec.pallas_kernels.timing import turn
 
 SECONDS = 480  # start no measurement later than this
 WRONG = 1e-2  # relative errors above this are no rounding
@@ -87,7 +93,9 @@ class Benchmark:
             for item in chunk:
                 if time.perf_counter() > deadline:
                     return
-                yield self.row(item)
+                with turn():
+                    row = self.row(item)
+                yield row
 
     def close(self) -> None:
         """End the threads that compile, and free the weights."""
@@ -96,10 +104,7 @@ class Benchmark:
 
     def row(self, item: Item) -> dict[str, Any]:
         """The row of an item that is compiled; a failure has `error` and no `us`."""
-        fields = {name: getattr(item, name) for name in ("kernel", "spec", "M", "K", "N", "x")}
-        if len(item.Ns) > 1:
-            fields["Ns"] = list(item.Ns)
-        row = fields | {"us": None, "rel_err": None}
+        row = fields_of(item) | {"us": None, "rel_err": None}
         start = time.perf_counter()
         try:
             measured = self._rival(item) if item.kernel in rivals.MODULES else self._ours(item)
@@ -139,6 +144,17 @@ class Benchmark:
         return self._cases[key]
 
 
+def fields_of(item: Item) -> dict[str, Any]:
+    """How a row names its item: `Ns` only where several weights share x."""
+    fields = {name: getattr(item, name) for name in ("kernel", "spec", "M", "K", "N", "x")}
+    return fields | ({"Ns": list(item.Ns)} if len(item.Ns) > 1 else {})
+
+
+def _identity(row: dict[str, Any]) -> tuple:
+    names = ("kernel", "spec", "M", "K", "N", "x")
+    return (*(row[name] for name in names), tuple(row.get("Ns", ())))
+
+
 def _short(value: Any) -> Any:
     """A number of four digits; anything else as it is."""
     return float(f"{value:.4g}") if isinstance(value, float) else value
@@ -173,22 +189,50 @@ def head() -> dict[str, Any]:
 
 
 class Results:
-    """The head and the rows measured so far, kept in a JSON file as they come."""
+    """The head and the rows measured so far, in a JSON file to which several processes may add.
 
-    def __init__(self, out: pathlib.Path, about: dict[str, Any]):
-        self.about, self.rows, self._out = about, [], out
+    Args:
+      out: the file.
+      about: the head of this run.
+      resume: keep what an earlier run, or one beside this, has written: this run's head then goes
+        to the list `resumed` of the file's.
+
+    Raises:
+      ValueError: the file is of another device.
+    """
+
+    def __init__(self, out: pathlib.Path, about: dict[str, Any], resume: bool = False):
+        self._out = out
         out.parent.mkdir(parents=True, exist_ok=True)
+        with turn():
+            if not (resume and out.exists()):
+                self._write(about | {"rows": []})
+                return
+            found = self.read()
+            if found["device"] != about["device"]:
+                message = f"{out} is of {found['device']}, and this is {about['device']}"
+                raise ValueError(f"{message}: name another file by --out.")
+            found.setdefault("resumed", []).append(about)
+            self._write(found)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Write one more row."""
-        self.rows.append(row)
-        self.write()
+    def read(self) -> dict[str, Any]:
+        """The head, and `rows`."""
+        return json.loads(self._out.read_text())
 
-    def write(self) -> None:
-        """The head, one field a line, and one row a line."""
-        fields = "".join(f'"{name}": {json.dumps(value)},\n' for name, value in self.about.items())
-        body = ",\n".join(json.dumps(row) for row in self.rows)
-        self._out.write_text(f'{{{fields}"rows": [\n{body}\n]}}\n')
+    def add(self, name: str, row: dict[str, Any]) -> None:
+        """Write one more row into the list `name`: `rows` or `decode_steps`."""
+        with turn():
+            found = self.read()
+            found.setdefault(name, []).append(row)
+            self._write(found)
+
+    def _write(self, results: dict[str, Any]) -> None:
+        """One field of the head a line, and one row a line."""
+        head = {name: value for name, value in results.items() if name != "rows"}
+        fields = "".join(f'"{name}": {json.dumps(value)},\n' for name, value in head.items())
+        body = ",\n".join(json.dumps(row) for row in results["rows"])
+        with replacement(self._out) as (path,):
+            path.write_text(f'{{{fields}"rows": [\n{body}\n]}}\n')
 
 
 def arguments() -> argparse.Namespace:
@@ -199,6 +243,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--specs", nargs="+", help="only these formats, such as m2v8g128 and bf16")
     parser.add_argument("--rows", nargs="+", type=int, help="only these M")
     parser.add_argument("--shapes", nargs="+", help="only these K x N, such as 4096x14336")
+    parser.add_argument("--resume", action="store_true", help="measure what the results lack")
     parser.add_argument("--decode-step", action="store_true", help="time a decode step as well")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, help="start no measurement later than this"
@@ -225,22 +270,25 @@ def main() -> None:
     device = re.search(r"[A-Z]+\d+\w*", about["device"])
     folder = (device.group() if device else about["device"]).lower()
     default = pathlib.Path(__file__).parent / "results" / folder / "kernels.json"
-    results = Results(options.out or default, about)
+    results = Results(options.out or default, about, options.resume)
+    measured = {_identity(row) for row in results.read()["rows"]}
     items = [item for item in plan.items() if wanted(item, options)]
+    items = [item for item in items if _identity(fields_of(item)) not in measured]
     benchmark = Benchmark()
     benchmark.time_compiles([item for item in plan.compiled_alone() if item in items])
+    done = 0
     for row in benchmark.rows(items, start + options.seconds):
-        results.add(row)
+        done += 1
+        results.add("rows", row)
         print(json.dumps(row), flush=True)
     benchmark.close()
     if options.decode_step:
-        steps = results.about["decode_steps"] = []
         for step in decode_step.measure():
-            steps.append(step)
-            results.write()
+            results.add("decode_steps", step)
             print(json.dumps(step), flush=True)
-    print(report(results.about, results.rows))
-    if late := len(items) - len(results.rows):
+    about = results.read()
+    print(report(about, about.pop("rows")))
+    if late := len(items) - done:
         print(f"{late} of {len(items)} not measured in {options.seconds:.0f} s; see --seconds.")
 
 

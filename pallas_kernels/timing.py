@@ -3,14 +3,31 @@
 Letters: M rows, K input and N output features.
 """
 
+import contextlib
+import fcntl
+import pathlib
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import jax
 from jax.experimental.mosaic.gpu import profiler
 
 RUNS = 5  # of which the median is told
+TURN = pathlib.Path(tempfile.gettempdir()) / "jaxcodec_gpu.lock"
+
+
+@contextlib.contextmanager
+def turn() -> Iterator[None]:
+    """Hold the GPU against other processes of this machine that measure; waits for its turn.
+
+    A process compiles one Mosaic kernel at a time, so that several side by side are faster; only
+    one of them may time. A turn is not taken twice by one process.
+    """
+    with TURN.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def rotation(call: Callable[..., Any], operands: Sequence[tuple]) -> jax.stages.Compiled:

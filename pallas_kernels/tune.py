@@ -4,6 +4,8 @@
 
 A shape is K x N; with `+`, the outputs of several weights that share x, as q, k and v do. The
 table is written after every measurement, and a later run goes on where this one was stopped.
+Several runs side by side, each with shapes of its own, are faster: compiling takes most of the
+time, and a process compiles one kernel at a time. They take turns at the GPU and share the table.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from jaxcodec.pallas_kernels import tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
-from jaxcodec.pallas_kernels.timing import kernel_time, rotation
+from jaxcodec.pallas_kernels.timing import kernel_time, rotation, turn
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import random_codebook_tensor
 
@@ -215,10 +217,10 @@ def tune(options: Options) -> Path:
     if device.platform != "gpu":
         raise RuntimeError(f"Tuning measures a GPU, and the default device is {device}.")
     path = options.out or tuning.user_directory() / tuning.file_name(device.device_kind)
-    entries = {e.key: e for e in tuning.read(path)} if path.exists() else {}
+    known = {entry.key for entry in _entries(path)}
     head = {"device": device.device_kind, "jax": jax.__version__}
     head["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
-    missing = [task for task in wanted if options.again or task.key not in entries]
+    missing = [task for task in wanted if options.again or task.key not in known]
     progress = iter(track(range(len(missing)), description="tuning"))
     for task, outcomes in _outcomes(missing):
         next(progress)
@@ -230,13 +232,18 @@ def tune(options: Options) -> Path:
         measured = [e for e in outcomes if isinstance(e, tuning.Entry)]
         if measured:
             best = min(measured, key=lambda entry: entry.us)
-            entries[best.key] = best
-            tuning.write(path, head, entries.values())
+            with turn():  # another process may have written since
+                others = [entry for entry in _entries(path) if entry.key != best.key]
+                tuning.write(path, head, [*others, best])
             tried = ", ".join(f"{e.kernel} {e.us}" for e in measured)
             print(f"{task}: {best.kernel} {dict(best.tiles)} {best.us} us ({tried})")
     for _ in progress:  # the bar ends at its end
         pass
     return path
+
+
+def _entries(path: Path) -> list[tuning.Entry]:
+    return tuning.read(path) if path.exists() else []
 
 
 def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry | str]]]:
@@ -247,9 +254,13 @@ def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry
         for i, group in enumerate(shapes):
             programs = following
             following = start_compiling(pool, shapes[i + 1]) if i + 1 < len(shapes) else {}
-            operands = make_operands(group[0].shape, max(task.M for task in group))
+            operands: list[tuple] = []
             for task in group:
-                yield task, list(measure(task, programs[task], rows_of(operands, task.M)))
+                wait(programs[task].values())
+                with turn():
+                    operands = operands or make_operands(task.shape, max(t.M for t in group))
+                    outcomes = list(measure(task, programs[task], rows_of(operands, task.M)))
+                yield task, outcomes
 
 
 def main() -> None:

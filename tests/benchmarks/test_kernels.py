@@ -84,7 +84,24 @@ def test_nothing_starts_after_the_deadline(bench):
 
 def test_results_are_written_as_they_come(tmp_path, about, row):
     out = tmp_path / "results" / "kernels.json"
-    results = kernels.Results(out, about)
+    results, rows = kernels.Results(out, about), []
     for M in (1, 2):
-        results.add(row("dense_bf16", DENSE, M, 256, 128, 3.0))
-        assert json.loads(out.read_text()) == about | {"rows": results.rows}
+        rows.append(row("dense_bf16", DENSE, M, 256, 128, 3.0))
+        results.add("rows", rows[-1])
+        assert json.loads(out.read_text()) == about | {"rows": rows}
+
+
+def test_runs_side_by_side_share_their_results(tmp_path, about, row):
+    out = tmp_path / "kernels.json"
+    first = kernels.Results(out, about)
+    second = kernels.Results(out, about | {"command": "the second"}, resume=True)
+    rows = [row("dense_bf16", DENSE, M, 256, 128, 3.0) for M in (1, 2, 4)]
+    for results, measured in zip((first, second, first), rows, strict=True):
+        results.add("rows", measured)
+    found = json.loads(out.read_text())
+    assert found["rows"] == rows
+    assert [run["command"] for run in found["resumed"]] == ["the second"]
+    with pytest.raises(ValueError, match="another file"):
+        kernels.Results(out, about | {"device": "another"}, resume=True)
+    kernels.Results(out, about)
+    assert json.loads(out.read_text())["rows"] == []
