@@ -5,14 +5,12 @@ Letters: M rows, K input and N output features, m codebooks, b bits a code, v we
 
 import dataclasses
 import functools
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.mosaic.gpu import profiler
 
 from jaxcodec.pallas_kernels.matmul import choose, codebook_matmul, codebook_matmuls
 from jaxcodec.pallas_kernels.reference import reference
@@ -23,7 +21,6 @@ DENSE = "bf16"  # the format of a weight that is not quantized
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
 FOOTPRINT = 300e6  # bytes of weights in rotation: six times the 50 MB L2 of an H100
 MAX_COPIES = 320  # the smallest weight here, 1.1 MB, then still exceeds the footprint
-RUNS = 5  # of which the median is told
 # Rows (in order) and columns compared: at both ends, where tiles end, and some in between.
 SAMPLED_ROWS = (*range(9), 15, 16, 31, 33, 63, 64, 100, 127, 300, 511, 512, 777, 1023, 2500, 4095)
 EDGE_COLUMNS, RANDOM_COLUMNS = 64, 128
@@ -206,33 +203,3 @@ def errors(
 def relative(actual: np.ndarray, wanted: np.ndarray) -> float:
     """Relative error in the Frobenius norm."""
     return float(np.linalg.norm(actual - wanted) / np.linalg.norm(wanted))
-
-
-def kernel_time(
-    calls: Iterable[Callable[[], Any]], wait: Callable[[Any], Any], runs: int = RUNS
-) -> tuple[float, float]:
-    """Microseconds and kernels of one call, by CUPTI: the sum over all that it launches.
-
-    Each run makes all calls in turn, one launch after another; gaps between launches do not count.
-
-    Raises:
-      RuntimeError: CUPTI saw no kernel, or not the same number in every run.
-    """
-    calls = list(calls)
-    wait(calls[-1]())
-    # `profiler.measure` times one jitted function; these are calls of any framework in turn.
-    library = profiler.mosaic_gpu_lib
-    if library is None:
-        raise RuntimeError("This jaxlib has no CUPTI.")
-    cupti = library._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        for _ in range(runs):
-            wait([call() for call in calls])
-    finally:
-        kernels = cupti._cupti_get_timings(True)
-    if not kernels or len(kernels) % runs:
-        raise RuntimeError(f"CUPTI saw {len(kernels or ())} kernels in {runs} equal runs.")
-    count = len(kernels) // runs
-    sums = [sum(ms for _, ms in kernels[i * count : (i + 1) * count]) for i in range(runs)]
-    return 1e3 * statistics.median(sums) / len(calls), count / len(calls)

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.cases import DENSE, kernel_time
+from benchmarks.cases import DENSE
 from jaxcodec.models.cache import KVCache, PageTable, identity_table, pages_for
 from jaxcodec.models.config import Llama3Rope, ModelConfig
 from jaxcodec.models.steps import decode_step
 from jaxcodec.models.transformer import Model, abstract_model, linear_shapes
+from jaxcodec.pallas_kernels.timing import kernel_time
 from jaxcodec.spec import CodebookSpec
 
 # config.json of meta-llama/Llama-3.1-8B.

@@ -44,14 +44,13 @@ from benchmarks.cases import (
     Item,
     device_rows,
     implementation,
-    kernel_time,
     make_case,
     relative,
 )
 from benchmarks.compiling import Compiler, timed
 from benchmarks.tables import report
 from jaxcodec.checkpoints.files import replacement
-from jaxcodec.pallas_kernels.timing import turn
+from jaxcodec.pallas_kernels.timing import kernel_time, turn
 
 SECONDS = 480  # start no measurement later than this
 WRONG = 1e-2  # relative errors above this are no rounding

@@ -17,14 +17,13 @@ import jax
 
 from benchmarks.cases import (
     FOOTPRINT,
-    RUNS,
     SAMPLED_ROWS,
     Case,
     Item,
     device_rows,
-    kernel_time,
     relative,
 )
+from jaxcodec.pallas_kernels.timing import RUNS, kernel_time
 from jaxcodec.spec import CodebookSpec
 
 # Name of a kernel to the module that it needs.

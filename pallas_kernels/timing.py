@@ -1,17 +1,13 @@
-"""Kernel time on a GPU, as CUPTI counts it: what a call launches, without the gaps between.
-
-Letters: M rows, K input and N output features.
-"""
+"""Kernel time on a GPU, as CUPTI counts it: what a call launches, without the gaps between."""
 
 import contextlib
 import fcntl
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
-import jax
 from jax.experimental.mosaic.gpu import profiler
 
 RUNS = 5  # of which the median is told
@@ -30,40 +26,32 @@ def turn() -> Iterator[None]:
         yield
 
 
-def rotation(call: Callable[..., Any], operands: Sequence[tuple]) -> jax.stages.Compiled:
-    """Compile one program that makes `call(x, w)` for all operands in turn.
-
-    Weights that together exceed the L2 cache are then read from memory, as a model's are.
-    """
-
-    # Traced once for all copies.
-    call = jax.jit(call)
-
-    def rotate(operands):
-        results = []
-        for x, w in operands:
-            if results:
-                # Without an order XLA would merge work of different copies into one kernel.
-                x, _ = jax.lax.optimization_barrier((x, results[-1]))
-            results.append(call(x, w))
-        return results
-
-    return jax.jit(rotate).lower(operands).compile()
-
-
 def kernel_time(
-    rotation: jax.stages.Compiled, operands: Sequence[tuple], runs: int = RUNS
-) -> tuple[float, float, Any]:
-    """Microseconds and launches of one call of a `rotation`, and the result for operands[0].
+    calls: Iterable[Callable[[], Any]], wait: Callable[[Any], Any], runs: int = RUNS
+) -> tuple[float, float]:
+    """Microseconds and kernels of one call, by CUPTI: the sum over all that it launches.
+
+    Each run makes all calls in turn, one launch after another; gaps between launches do not count.
+    Calls on weights that together exceed the L2 cache read them from memory, as a model does.
 
     Raises:
-      RuntimeError: CUPTI saw no kernel, as without a GPU.
+      RuntimeError: CUPTI saw no kernel, or not the same number in every run.
     """
-    measured = profiler.measure(rotation, aggregate=False, iterations=runs)
-    results, timings = measured(operands)
-    if not timings:
-        raise RuntimeError("CUPTI saw no kernel: kernel time needs an NVIDIA GPU.")
-    timings = cast(list[list[tuple[str, float]]], timings if runs > 1 else [timings])
-    milliseconds = statistics.median(sum(ms for _, ms in run) for run in timings)
-    calls = len(operands)
-    return 1e3 * milliseconds / calls, len(timings[0]) / calls, results[0]
+    calls = list(calls)
+    wait(calls[-1]())
+    # `profiler.measure` times one jitted function; these are calls of any framework in turn.
+    library = profiler.mosaic_gpu_lib
+    if library is None:
+        raise RuntimeError("This jaxlib has no CUPTI.")
+    cupti = library._mosaic_gpu_ext
+    cupti._cupti_init()
+    try:
+        for _ in range(runs):
+            wait([call() for call in calls])
+    finally:
+        kernels = cupti._cupti_get_timings(True)
+    if not kernels or len(kernels) % runs:
+        raise RuntimeError(f"CUPTI saw {len(kernels or ())} kernels in {runs} equal runs.")
+    count = len(kernels) // runs
+    sums = [sum(ms for _, ms in kernels[i * count : (i + 1) * count]) for i in range(runs)]
+    return 1e3 * statistics.median(sums) / len(calls), count / len(calls)

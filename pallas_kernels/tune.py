@@ -26,7 +26,7 @@ from jaxcodec.pallas_kernels import tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
-from jaxcodec.pallas_kernels.timing import kernel_time, rotation, turn
+from jaxcodec.pallas_kernels.timing import kernel_time, turn
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import random_codebook_tensor
 
@@ -171,26 +171,33 @@ def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
 
 
 def start_compiling(pool: Executor, tasks: Sequence[Task]) -> dict[Task, Programs]:
-    """Begin to compile all candidates of tasks of one shape, for its number of copies."""
+    """Begin to compile all candidates of tasks of one shape."""
     programs = {}
     for task in tasks:
-        shapes = jax.eval_shape(functools.partial(make_operands, task.shape, task.M))
+        operands = jax.eval_shape(functools.partial(make_operands, task.shape, task.M))[0]
         programs[task] = {
-            key: pool.submit(rotation, call, shapes) for key, call in calls(task).items()
+            key: pool.submit(compiled, call, operands) for key, call in calls(task).items()
         }
     return programs
+
+
+def compiled(call: Callable[..., Any], operands: tuple) -> jax.stages.Compiled:
+    """The program of a call for operands of these shapes."""
+    return jax.jit(call).lower(*operands).compile()
 
 
 def measure(task: Task, programs: Programs, operands: list[tuple]) -> Iterator[tuning.Entry | str]:
     """An entry for each candidate that is right, a sentence for each that is not."""
     x, weights = operands[0]
     wanted = [jax.jit(reference)(x, w) for w in weights]
-    for (name, tiles), program in programs.items():
+    for (name, tiles), future in programs.items():
         try:
-            us, _, ys = kernel_time(program.result(), operands)
-            error = max(map(_relative_error, ys, wanted))
+            program = future.result()
+            error = max(map(_relative_error, program(*operands[0]), wanted))
             if not error <= MAX_ERROR:  # NaN included
                 raise ArithmeticError(f"relative error {error:.1e}")
+            runs = [functools.partial(program, *each) for each in operands]
+            us, _ = kernel_time(runs, jax.block_until_ready)
         except Exception as error:  # the other candidates go on
             yield f"{task}: {name} {tiles}: {type(error).__name__}: {str(error)[:200]}"
             continue

@@ -169,12 +169,14 @@ def test_tasks_of_the_tuner():
 def faked(monkeypatch, us):
     """A GPU that takes us[kernel] microseconds, and computes by the reference."""
 
-    def kernel_time(call, operands):
-        x, weights = operands[0]
-        name = call.keywords["name"]
+    def kernel_time(runs, wait):
+        name = runs[0].keywords["name"]
         if name not in us:
             raise RuntimeError("out of registers")
-        return us[name], 1.0, [tune.reference(x, w) for w in weights]
+        return us[name], 1.0
+
+    def multiply(x, weights, *, name):
+        return [tune.reference(x, w) for w in weights]
 
     class Device:
         platform, device_kind = "gpu", "Some GPU"
@@ -182,12 +184,12 @@ def faked(monkeypatch, us):
     def calls(task):
         return {
             (name, KERNELS[name].tiling(task.M, task.K, sum(task.Ns), task.spec)): (
-                tune.functools.partial(print, name=name)
+                tune.functools.partial(multiply, name=name)
             )
             for name in KERNELS
         }
 
-    monkeypatch.setattr(tune, "rotation", lambda call, operands: call)
+    monkeypatch.setattr(tune, "compiled", lambda call, operands: call)
     monkeypatch.setattr(tune, "kernel_time", kernel_time)
     monkeypatch.setattr(tune, "calls", calls)
     monkeypatch.setattr(tune.jax, "devices", lambda: [Device])
