@@ -44,7 +44,7 @@ from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.data import Examples, read_examples
 from jaxcodec.train.evaluate import evaluate, mean_loss
 from jaxcodec.train.loop import TrainOptions, train
-from jaxcodec.train.ptq import quantize_model
+from jaxcodec.train.ptq import PRESETS, quantize_model
 from jaxcodec.train.step import adapter_training, decode_module_training, full_training
 
 LAYERS = 6
@@ -145,7 +145,7 @@ def _quantize(
 ) -> tuple[Model, dict[str, Any]]:
     """K-means, then training of everything but the codes."""
     spec = CodebookSpec.parse(recipe.spec)
-    quantized, report = quantize_model(dense, spec)
+    quantized, report = quantize_model(dense, spec, options=PRESETS["kmeans"])
     options = TrainOptions(
         steps=recipe.recover_steps,
         batch_size=64,

@@ -8,31 +8,6 @@ import sys
 from pathlib import Path
 
 
-def quantize(model: Path, /, *, spec: str, out: Path, seed: int = 0) -> None:
-    """Quantize the linears of a model's blocks by k-means, without data.
-
-    Args:
-      model: directory of a dense model in Hugging Face's format.
-      spec: how to store them, such as m2v8g128 or m1v4g128.
-      out: directory of the result: config.json, weights, tokenizer and quantization.json.
-      seed: of the random choices.
-    """
-    import jax
-
-    from jaxcodec.models.load import copy_tokenizer, load_model, save_model
-    from jaxcodec.spec import CodebookSpec
-    from jaxcodec.train.ptq import quantize_model
-
-    if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty; give --out a new directory.")
-    parsed = CodebookSpec.parse(spec)
-    quantized, report = quantize_model(load_model(model), parsed, jax.random.key(seed))
-    save_model(out, quantized)
-    copy_tokenizer(model, out)
-    report.write(out)
-    print(report)
-
-
 def inspect(model: Path, /) -> None:
     """Print layers, formats, bits, errors and total bytes of a model directory.
 
@@ -47,6 +22,8 @@ def inspect(model: Path, /) -> None:
 def main() -> None:
     """Run the command line; bad input ends it with one sentence and status 1."""
     import tyro
+
+    from jaxcodec.train.quantize import quantize
 
     try:
         commands = {"quantize": quantize, "inspect": inspect}

@@ -4,8 +4,10 @@ Letters: S streams, B rows, T tokens, D hidden, K input and N output features, R
 V vocabulary.
 """
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -112,17 +114,38 @@ class Linear(nnx.Module):
         return CodebookTensor(self.codes[...], self.codebooks[...], self.scales[...])
 
 
+_recorded: contextvars.ContextVar[list[tuple[Linear, jax.Array]] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
+
+
+@contextlib.contextmanager
+def recorded_inputs() -> Iterator[list[tuple[Linear, jax.Array]]]:
+    """Collects every (linear, its input [S, B, T, K]) that is multiplied within, in order.
+
+    For calibration: used inside a traced function, whose outputs the inputs then are.
+    """
+    token = _recorded.set(inputs := [])
+    try:
+        yield inputs
+    finally:
+        _recorded.reset(token)
+
+
 def products(linears: Sequence[Linear], x_sbtk: jax.Array) -> list[jax.Array]:
     """x [S, B, T, K] times the weight of each linear, plus its bias, without adapters.
 
     Codebook weights of one format share a kernel launch.
     """
+    all_codebooks = all(linear.spec is not None for linear in linears)
+    if len(linears) > 1 and not all_codebooks:
+        return [products([linear], x_sbtk)[0] for linear in linears]
+    if (inputs := _recorded.get()) is not None:
+        inputs += [(linear, x_sbtk) for linear in linears]
     biases = [linear.bias[...] if linear.has_bias else None for linear in linears]
-    if all(linear.spec is not None for linear in linears):
+    if all_codebooks:
         weights = [linear.codebook_tensor() for linear in linears]
         return list(codebook_matmuls(x_sbtk, weights, biases))
-    if len(linears) > 1:
-        return [products([linear], x_sbtk)[0] for linear in linears]
     y = x_sbtk @ linears[0].kernel[...].astype(x_sbtk.dtype)
     return [y if biases[0] is None else y + _last_axis(biases[0], y)]
 

@@ -143,9 +143,14 @@ class Model:
         return nnx.merge(graphdef, self.weights, copy=True)
 
     @property
+    def embedding(self) -> jax.Array:
+        """The table [V, D] of the tokens' embeddings."""
+        return dict(nnx.to_flat_state(self.weights))["embed_tokens", "weight"].get_value()
+
+    @property
     def dtype(self) -> jnp.dtype:
         """Dtype of embeddings and activations."""
-        return dict(nnx.to_flat_state(self.weights))["embed_tokens", "weight"].get_value().dtype
+        return self.embedding.dtype
 
     @property
     def nbytes(self) -> int:

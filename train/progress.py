@@ -21,7 +21,7 @@ def progress(total: int, start: int) -> Iterator[Report]:
             yield report
     else:
         yield lambda step, text, left: print(
-            f"step {step}/{total}  {text}  {_clock(left)} left", flush=True
+            f"step {step}/{total}  {text}  {clock(left)} left", flush=True
         )
 
 
@@ -37,10 +37,9 @@ def _bar(total: int, start: int) -> Iterator[Report]:
     )
     with Progress(*columns) as bar:
         task = bar.add_task("train", total=total, completed=start, text="compiling", left="?")
-        yield lambda step, text, left: bar.update(
-            task, completed=step, text=text, left=_clock(left)
-        )
+        yield lambda step, text, left: bar.update(task, completed=step, text=text, left=clock(left))
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     return str(datetime.timedelta(seconds=round(seconds)))

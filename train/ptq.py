@@ -1,92 +1,371 @@
-"""Post-training quantization of a loaded model: every linear of its blocks becomes codebooks.
+"""Post-training quantization of a model, block after block: its linears become codebooks.
 
-Embeddings, norms and the head stay as they are. Data-free: k-means of each matrix by itself.
-Letters: K input and N output features.
+For each block, with the inputs that the quantized blocks before it give:
+
+1. the dense block's outputs, and H = X^T X / tokens of every linear (train/calibration.py);
+2. each linear by k-means, Adam and beam search against its H (jaxcodec/quantize/additive.py);
+3. the block's floats, tuned on the dense outputs (train/block_tuning.py).
+
+Embeddings, final norm and head stay as they are. Without calibration data H = I, and there is no
+third step. The device holds one block and what belongs to it, whatever the depth.
+
+Letters: n sequences, T tokens, K input and N output features.
+Source: AQLM (arXiv 2401.06118) section 3; scales by group: CodeGEMM (arXiv 2512.17970).
 """
 
-import contextlib
+import dataclasses
+import hashlib
+import os
+import re
 import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
-from flax import nnx
+import numpy as np
+from jax.sharding import Mesh
 
-from jaxcodec.models.layers import Codes
-from jaxcodec.models.transformer import Model, linear_shapes
-from jaxcodec.quantize.kmeans import ITERATIONS, ROUNDS, quantize_kmeans, relative_error
+from jaxcodec.models.blocks import SHARED_INPUTS, BlockModel, take_block, with_blocks
+from jaxcodec.models.config import ModelConfig
+from jaxcodec.models.transformer import Model, Specs, linear_shapes
+from jaxcodec.quantize.additive import PRESETS as MATRIX_PRESETS
+from jaxcodec.quantize.additive import AdditiveOptions, Stage, quantize_additive
+from jaxcodec.quantize.kmeans import relative_error
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
-from jaxcodec.train.progress import progress
-from jaxcodec.train.quantization_report import LinearReport, QuantizationReport
+from jaxcodec.train.block_tuning import TuningOptions, tune_block
+from jaxcodec.train.calibration import (
+    Hessians,
+    HiddenStates,
+    Placement,
+    advance,
+    calibrate,
+    embedded,
+)
+from jaxcodec.train.checkpoint import claim_directory, digest
+from jaxcodec.train.quantization_progress import QuantizationProgress
+from jaxcodec.train.quantization_report import BlockReport, LinearReport, QuantizationReport
+from jaxcodec.train.quantized_blocks import read_block, write_block
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeOptions:
+    """How much work a model is worth, and how it is done.
+
+    Attributes:
+      matrix: rounds of Adam and beam search of each linear.
+      tuning: of each block; needs calibration data.
+      batch_size: calibration sequences on the device at once, and in a step of tuning.
+      activations: where hidden states of all calibration sequences lie between blocks: n T D
+        numbers, twice.
+      seed: of all random choices.
+    """
+
+    matrix: AdditiveOptions = MATRIX_PRESETS["default"]
+    tuning: TuningOptions = TuningOptions()
+    batch_size: int = 4
+    activations: Literal["memory", "disk"] = "memory"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if self.activations not in ("memory", "disk"):
+            raise ValueError(f"activations must be memory or disk, got {self.activations!r}.")
+
+
+PRESETS = {
+    "kmeans": QuantizeOptions(MATRIX_PRESETS["kmeans"], TuningOptions(epochs=0)),
+    "fast": QuantizeOptions(MATRIX_PRESETS["fast"], TuningOptions(epochs=0)),
+    "default": QuantizeOptions(),
+    "best": QuantizeOptions(MATRIX_PRESETS["best"], TuningOptions(epochs=20)),
+}
+
+
+def select_specs(
+    config: ModelConfig,
+    spec: CodebookSpec,
+    overrides: Sequence[tuple[str, CodebookSpec | None]] = (),
+) -> Specs:
+    """The format of every linear of a model's blocks.
+
+    Args:
+      config: of the model.
+      spec: for all that no override names.
+      overrides: (regular expression, spec), of which the first that is found in a linear's path
+        counts; None leaves the linear dense. `down_proj` means every block's, `layers\\.0\\.` the
+        whole first block.
+
+    Raises:
+      ValueError: an expression that is none, or that no linear answers to.
+    """
+    names = [name for name, _ in linear_shapes(config)]
+    patterns = []
+    for expression, chosen in overrides:
+        try:
+            patterns.append((re.compile(expression), chosen))
+        except re.error as error:
+            raise ValueError(f"{expression!r} is no regular expression: {error}.") from None
+        if not any(patterns[-1][0].search(name) for name in names):
+            raise ValueError(
+                f"{expression!r} is found in no linear of the model; the first is {names[0]}."
+            )
+    formats = []
+    for name in names:
+        chosen = next((c for pattern, c in patterns if pattern.search(name)), spec)
+        if chosen is not None:
+            formats.append((name, chosen))
+    return tuple(formats)
 
 
 def quantize_model(
     model: Model,
-    spec: CodebookSpec,
-    key: jax.Array | None = None,
+    spec: CodebookSpec | Specs,
+    calibration: np.ndarray | None = None,
+    options: QuantizeOptions = PRESETS["default"],
+    directory: str | os.PathLike | None = None,
     *,
-    iterations: int = ITERATIONS,
-    rounds: int = ROUNDS,
+    mesh: Mesh | None = None,
     quiet: bool = False,
 ) -> tuple[Model, QuantizationReport]:
-    """The model with q, k, v, o, gate, up and down projections of all blocks quantized by k-means.
+    """The model with the linears of its blocks as codebooks, and what that cost.
+
+    The same model, data and options give the same bits on the same kind of device. With a
+    directory a run that was stopped goes on at its first unfinished block, and ends with the bits
+    of one never stopped.
 
     Args:
-      model: dense; biases and a bank of adapters stay as they are.
-      spec: format of all linears.
-      key: PRNG key; None for `jax.random.key(0)`. The same key gives the same model.
-      iterations: see `quantize_kmeans`.
-      rounds: see `quantize_kmeans`.
+      model: dense, without a bank of adapters; its arrays may lie in host memory. Biases stay.
+      spec: of all linears, or (path, spec) of those to quantize: see `select_specs`.
+      calibration: int32 [n, T], sequences such as the model will see; None for none.
+      options: such as PRESETS["fast"].
+      directory: where finished blocks are kept; None for nowhere.
+      mesh: devices whose axis "data" shares batches and columns; None for one device.
       quiet: show no progress.
 
+    Returns:
+      (the quantized model, its arrays where those of `model` are, and the report).
+
     Raises:
-      ValueError: a linear that is already quantized, that `spec` cannot hold, or that has a
-        value that is not finite; it is named. Shapes are checked before the work begins.
+      ValueError: a linear that is quantized already, that its spec cannot hold, or that has a
+        value that is not finite; tokens outside the vocabulary; inputs that are not finite; a
+        directory that holds another run. Shapes are checked before the work begins.
+      OSError: a full disk; finished blocks are kept.
     """
-    names = _names(model, spec)
-    key = jax.random.key(0) if key is None else key
-    variables = dict(nnx.to_flat_state(model.weights))
-    linears = []
-    shown = contextlib.nullcontext() if quiet else progress(len(names), 0)
-    start = time.perf_counter()
-    with shown as report:
-        for i, name in enumerate(names):
-            path = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-            W = variables.pop((*path, "kernel")).get_value()
-            w, linear = _quantize(name, W, spec, jax.random.fold_in(key, i), iterations, rounds)
-            variables[*path, "codes"] = Codes(w.codes)
-            variables[*path, "codebooks"] = nnx.Param(w.codebooks)
-            variables[*path, "scales"] = nnx.Param(w.scales)
-            linears.append(linear)
-            if report is not None:
-                left = (time.perf_counter() - start) / (i + 1) * (len(names) - i - 1)
-                report(i + 1, f"{name}  error {linear.relative_error:.4f}", left)
-    specs = tuple(sorted((name, spec) for name in names))
-    quantized = Model(model.config, nnx.from_flat_state(variables), specs, model.bank)
-    return quantized, QuantizationReport(tuple(linears), quantized.nbytes)
+    specs = _specs(model, spec)
+    place = Placement(mesh)
+    directory = None if directory is None else Path(directory)
+    if calibration is not None:
+        _check_calibration(model.config, calibration, options, place)
+    if directory is not None:
+        claim_run(model, specs, calibration, options, directory)
+    finished = {} if directory is None else dict(_finished(model, specs, directory))
+    layers = model.config.num_layers
+    states = None
+    if calibration is not None and len(finished) < layers:
+        states = embedded(model, calibration, directory if options.activations == "disk" else None)
+    blocks, reports = {}, []
+    with QuantizationProgress(layers, quiet) as progress:
+        for layer in range(layers):
+            progress.begin(layer)
+            if layer in finished:
+                block, report = finished[layer]
+                if states is not None:
+                    advance(place.replicated(block), states.inputs, options.batch_size, place)
+            else:
+                dense, here = take_block(model, layer), _within(specs, layer)
+                block, report = _quantize_block(
+                    place.replicated(dense), layer, here, states, options, place, progress
+                )
+                block = jax.device_put(block, _home(dense))
+                if directory is not None:
+                    write_block(directory, layer, block, report)
+            blocks[layer] = block
+            reports.append(report)
+            progress.end(report, layer in finished)
+    quantized = with_blocks(model, blocks)
+    linears = tuple(linear for report in reports for linear in report.linears)
+    return quantized, QuantizationReport(linears, quantized.nbytes, tuple(reports))
 
 
-def _names(model: Model, spec: CodebookSpec) -> list[str]:
-    """The linears to quantize, all of which `spec` can hold."""
+def claim_run(
+    model: Model,
+    specs: Specs,
+    calibration: np.ndarray | None,
+    options: QuantizeOptions,
+    directory: Path,
+) -> None:
+    """Make `directory` that of a run, or see that it is: by options, and hashes of what goes in.
+
+    Where hidden states lie between blocks is nothing that the result follows from.
+
+    Raises:
+      ValueError: it holds another run; says what differs.
+    """
+    data = None if calibration is None else np.ascontiguousarray(calibration, np.int32)
+    manifest = {
+        "format": 1,
+        "weights": digest(model.weights),
+        "config": repr(model.config),
+        "specs": ", ".join(f"{name}={spec}" for name, spec in specs),
+        "calibration": None if data is None else hashlib.sha256(data.data).hexdigest(),
+        "calibration_shape": None if data is None else list(data.shape),
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        **{f"matrix.{name}": x for name, x in dataclasses.asdict(options.matrix).items()},
+        **{f"tuning.{name}": x for name, x in dataclasses.asdict(options.tuning).items()},
+    }
+    claim_directory(directory, manifest)
+
+
+def _quantize_block(
+    dense: BlockModel,
+    layer: int,
+    specs: Specs,
+    states: HiddenStates | None,
+    options: QuantizeOptions,
+    place: Placement,
+    progress: QuantizationProgress,
+) -> tuple[BlockModel, BlockReport]:
+    """The block quantized and tuned; `states` then hold what the next block reads."""
+    clock = _Clock()
+    hessians: Hessians = {}
+    if states is not None:
+        progress.stage("calibration")
+        hessians = calibrate(dense, states, options.batch_size, place)
+        clock.lap("calibration")
+    key = jax.random.fold_in(jax.random.key(options.seed), layer)
+    tensors, linears = {}, []
+    for i, (path, spec) in enumerate(specs):
+        name = f"layers.{layer}.{path}"
+        H, W = hessians.get(SHARED_INPUTS[path]), place.columns(dense.kernels[path])
+        progress.stage(name)
+        try:
+            w, stages = quantize_additive(
+                W, H, spec, jax.random.fold_in(key, i), options.matrix, W.dtype
+            )
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        tensors[path] = place.replicated(w)
+        linears.append(_linear_report(name, W, w, stages))
+        clock.add(stages)
+    block, tuning = dense.quantized(tensors), None
+    del hessians, tensors
+    if states is not None:
+        progress.stage("tuning")
+        block, tuning = tune_block(
+            block,
+            states.inputs,
+            states.targets,
+            options.tuning,
+            options.batch_size,
+            options.seed + layer,
+            place,
+        )
+        clock.lap("tuning")
+        advance(block, states.inputs, options.batch_size, place)
+        clock.lap("next inputs")
+    return block, BlockReport(layer, tuple(linears), tuning, clock.seconds)
+
+
+class _Clock:
+    """Seconds by stage, summed up."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last call for `stage`."""
+        before, self._last = self._last, time.perf_counter()
+        self._count(stage, self._last - before)
+
+    def add(self, stages: Sequence[Stage]) -> None:
+        """Count the stages of a linear, and what is left of the time since the last call."""
+        for stage in stages:
+            self._count(stage.name, stage.seconds)
+        self.lap("rest")
+        self.seconds["rest"] -= sum(stage.seconds for stage in stages)
+
+    def _count(self, stage: str, seconds: float) -> None:
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+
+def _linear_report(
+    name: str, W: jax.Array, w: CodebookTensor, stages: Sequence[Stage]
+) -> LinearReport:
+    return LinearReport(
+        name,
+        *w.shape,
+        str(w.spec),
+        w.bits_per_weight,
+        relative_error(W, w),
+        stages[-1].error,
+        sum(stage.seconds for stage in stages),
+    )
+
+
+def _specs(model: Model, spec: CodebookSpec | Specs) -> Specs:
+    """(path, spec) of the linears to quantize, in the model's order; all of them fit."""
     if model.specs:
         name, before = model.specs[0]
         raise ValueError(f"{name} is already quantized, as {before}; quantize the dense model.")
     shapes = dict(linear_shapes(model.config))
-    for name, shape in shapes.items():
+    chosen = dict.fromkeys(shapes, spec) if isinstance(spec, CodebookSpec) else dict(spec)
+    if unknown := chosen.keys() - shapes.keys():
+        raise ValueError(f"The model has no linear {', '.join(sorted(unknown))}.")
+    if not chosen:
+        raise ValueError("There is no linear to quantize: every one is to stay dense.")
+    for name, one in chosen.items():
         try:
-            spec.check_shape(*shape)
+            one.check_shape(*shapes[name])
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    return list(shapes)
+    return tuple((name, chosen[name]) for name in shapes if name in chosen)
 
 
-def _quantize(
-    name: str, W: jax.Array, spec: CodebookSpec, key: jax.Array, iterations: int, rounds: int
-) -> tuple[CodebookTensor, LinearReport]:
-    start = time.perf_counter()
-    try:
-        w = quantize_kmeans(W, spec, key, iterations, rounds, W.dtype)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    error = relative_error(W, w)  # waits for the device
-    seconds = time.perf_counter() - start
-    return w, LinearReport(name, *w.shape, str(spec), w.bits_per_weight, error, seconds)
+def _within(specs: Specs, layer: int) -> Specs:
+    """The specs of one block, by paths within it."""
+    prefix = f"layers.{layer}."
+    return tuple((p.removeprefix(prefix), spec) for p, spec in specs if p.startswith(prefix))
+
+
+def _finished(
+    model: Model, specs: Specs, directory: Path
+) -> Iterator[tuple[int, tuple[BlockModel, BlockReport]]]:
+    """(layer, (block, report)) of the blocks that a run has finished."""
+    for layer in range(model.config.num_layers):
+        dense = take_block(model, layer)
+        done = read_block(directory, layer, dense, _within(specs, layer))
+        if done is None:
+            return
+        yield layer, (jax.device_put(done[0], _home(dense)), done[1])
+
+
+def _home(block: BlockModel) -> Any:
+    """Where a block's arrays are."""
+    return jax.tree.leaves(block.weights)[0].sharding
+
+
+def _check_calibration(
+    config: ModelConfig, calibration: np.ndarray, options: QuantizeOptions, place: Placement
+) -> None:
+    if calibration.ndim != 2 or not np.issubdtype(calibration.dtype, np.integer):
+        raise ValueError(
+            f"calibration must be integers [n, T], got {calibration.dtype} "
+            f"{list(calibration.shape)}."
+        )
+    if not calibration.size:
+        raise ValueError("calibration holds no tokens; None stands for no data.")
+    if calibration.shape[1] > config.max_positions:
+        raise ValueError(
+            f"Sequences of {calibration.shape[1]} tokens exceed the model's context of "
+            f"{config.max_positions}."
+        )
+    if calibration.min() < 0 or calibration.max() >= config.vocab_size:
+        raise ValueError(
+            f"calibration holds tokens from {calibration.min()} to {calibration.max()}, the model "
+            f"knows 0 to {config.vocab_size - 1}: they were made with another tokenizer."
+        )
+    place.check_batch(options.batch_size, len(calibration))

@@ -14,10 +14,19 @@ import numpy as np
 from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.checkpoints.safetensors import read_tensors
 from jaxcodec.tensor import CodebookTensor
+from jaxcodec.train.block_tuning import TuningResult
 
 # Beside config.json in the directory of a quantized model.
 FILE = "quantization.json"
-HEADER = ("linear", "K x N", "stored as", "bits/weight", "relative error", "seconds")
+HEADER = (
+    "linear",
+    "K x N",
+    "stored as",
+    "bits/weight",
+    "weight error",
+    "activation error",
+    "seconds",
+)
 
 _LINEAR = re.compile(r"model\.(layers\.\d+\.\w+\.\w+_proj)\.(weight|codes)")
 
@@ -33,6 +42,8 @@ class LinearReport:
       stored: its spec, such as m2v8g128, or the dtype of a dense one.
       bits_per_weight: codes, codebooks and scales together.
       relative_error: ||W - W'|| / ||W||; None where it is not known.
+      activation_error: tr(dW^T H dW) / tr(W^T H W) with the H of its inputs, before the block was
+        tuned; H = I without calibration data. None where it is not known.
       seconds: time to quantize it (the first of a shape compiles); None where it is not known.
     """
 
@@ -42,7 +53,36 @@ class LinearReport:
     stored: str
     bits_per_weight: float
     relative_error: float | None = None
+    activation_error: float | None = None
     seconds: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """One block.
+
+    Attributes:
+      layer: its number.
+      linears: those that were quantized.
+      tuning: its output errors before and after tuning; None without calibration data.
+      seconds: by stage of the work.
+    """
+
+    layer: int
+    linears: tuple[LinearReport, ...]
+    tuning: TuningResult | None
+    seconds: dict[str, float]
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "BlockReport":
+        """Inverse of `dataclasses.asdict`."""
+        tuning = content["tuning"]
+        return cls(
+            content["layer"],
+            tuple(LinearReport(**linear) for linear in content["linears"]),
+            None if tuning is None else TuningResult(**tuning),
+            content["seconds"],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +92,21 @@ class QuantizationReport:
     Attributes:
       linears: in the model's order.
       nbytes: bytes of the whole model, embeddings, norms and head included.
+      blocks: how each block came about; empty where that is not known.
     """
 
     linears: tuple[LinearReport, ...]
     nbytes: int
+    blocks: tuple[BlockReport, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Time by stage, of all blocks together."""
+        total: dict[str, float] = {}
+        for block in self.blocks:
+            for stage, seconds in block.seconds.items():
+                total[stage] = total.get(stage, 0.0) + seconds
+        return total
 
     @property
     def bits_per_weight(self) -> float:
@@ -74,19 +125,25 @@ class QuantizationReport:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join(
-            [
-                *lines,
-                f"{len(self.linears)} linears at {self.bits_per_weight:.3f} bits per weight; "
-                f"whole model {self.nbytes:,} bytes",
-            ]
+        lines.append(
+            f"{len(self.linears)} linears at {self.bits_per_weight:.3f} bits per weight; "
+            f"whole model {self.nbytes:,} bytes"
         )
+        tuned = [(b.layer, b.tuning) for b in self.blocks if b.tuning is not None]
+        if tuned:
+            changes = (f"{i}: {t.before:.4f} -> {t.after:.4f}" for i, t in tuned)
+            lines.append(
+                "output error of the blocks before and after tuning: " + ", ".join(changes)
+            )
+        if self.seconds:
+            stages = (f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+            lines.append("seconds: " + ", ".join(stages))
+        return "\n".join(lines)
 
     def write(self, directory: str | Path) -> None:
         """Write the report as JSON into the directory of the model."""
         totals = {"bits_per_weight": self.bits_per_weight, "nbytes": self.nbytes}
-        linears = [dataclasses.asdict(linear) for linear in self.linears]
-        write_json(Path(directory) / FILE, totals | {"linears": linears})
+        write_json(Path(directory) / FILE, totals | dataclasses.asdict(self))
 
 
 def inspect_model(directory: str | Path) -> QuantizationReport:
@@ -98,27 +155,38 @@ def inspect_model(directory: str | Path) -> QuantizationReport:
     """
     directory = Path(directory)
     tensors = read_tensors(directory)
-    known = _known(directory / FILE)
+    known = read_report(directory)
+    measured = {linear.name: linear for linear in known.linears}
     found = {}
     for key in tensors:
         if match := _LINEAR.fullmatch(key):
-            found[match[1]] = _inspect(match[1], tensors, known.get(match[1], {}))
+            found[match[1]] = _inspect(match[1], tensors, measured.get(match[1]))
     if not found:
         raise ValueError(f"{directory} holds no linear of a Transformer block.")
     linears = tuple(found[name] for name in sorted(found, key=_natural))
-    return QuantizationReport(linears, sum(tensor.nbytes for tensor in tensors.values()))
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    return QuantizationReport(linears, nbytes, known.blocks)
 
 
-def _known(path: Path) -> dict[str, dict[str, Any]]:
+def read_report(directory: str | Path) -> QuantizationReport:
+    """The report that quantizing left in the directory of a model; an empty one where it did not.
+
+    Raises:
+      ValueError: the file is not such a report.
+    """
+    path = Path(directory) / FILE
     if not path.exists():
-        return {}
-    linears = read_json(path).get("linears")
-    if not isinstance(linears, list):
-        raise ValueError(f'{path} must hold a list "linears", as quantizing writes it.')
-    return {linear["name"]: linear for linear in linears}
+        return QuantizationReport((), 0)
+    content = read_json(path)
+    try:
+        linears = tuple(LinearReport(**linear) for linear in content["linears"])
+        blocks = tuple(map(BlockReport.from_json, content.get("blocks", ())))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{path} is not a report as quantizing writes it: {error}.") from None
+    return QuantizationReport(linears, content["nbytes"], blocks)
 
 
-def _inspect(name: str, tensors: dict[str, np.ndarray], known: dict[str, Any]) -> LinearReport:
+def _inspect(name: str, tensors: dict[str, np.ndarray], known: LinearReport | None) -> LinearReport:
     prefix = f"model.{name}"
     dense = tensors.get(f"{prefix}.weight")
     if dense is not None:
@@ -129,8 +197,11 @@ def _inspect(name: str, tensors: dict[str, np.ndarray], known: dict[str, Any]) -
         raise ValueError(f"{prefix} lacks {', '.join(missing)}.")
     arrays = (jnp.asarray(tensors[f"{prefix}.{field}"]) for field in fields)
     w = CodebookTensor(*arrays).check(name)
-    measured = {field: known.get(field) for field in ("relative_error", "seconds")}
-    return LinearReport(name, *w.shape, str(w.spec), w.bits_per_weight, **measured)
+    here = LinearReport(name, *w.shape, str(w.spec), w.bits_per_weight)
+    if known is None:
+        return here
+    measured = ("relative_error", "activation_error", "seconds")
+    return dataclasses.replace(here, **{field: getattr(known, field) for field in measured})
 
 
 def _row(linear: LinearReport) -> tuple[str, ...]:
@@ -143,6 +214,7 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
         linear.stored,
         number(linear.bits_per_weight, 3),
         number(linear.relative_error, 4),
+        number(linear.activation_error, 5),
         number(linear.seconds, 2),
     )
 

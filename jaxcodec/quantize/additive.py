@@ -15,7 +15,7 @@ Source: AQLM (arXiv 2401.06118) section 3; the scales of CodeGEMM (arXiv 2512.17
 
 import dataclasses
 import functools
-from typing import NamedTuple
+import time
 
 import jax
 import jax.numpy as jnp
@@ -75,17 +75,26 @@ class AdditiveOptions:
 
 
 PRESETS = {
+    "kmeans": AdditiveOptions(rounds=0),
     "fast": AdditiveOptions(rounds=1, steps=25),
     "default": AdditiveOptions(),
     "best": AdditiveOptions(rounds=40, beam=4, tolerance=1e-3),
 }
 
 
-class Stage(NamedTuple):
-    """One step on the way: what was done, and tr(dW^T H dW) / tr(W^T H W) after it."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step on the way.
+
+    Attributes:
+      name: what was done: `kmeans`, `adam`, `beam_search` or `rounded`.
+      error: tr(dW^T H dW) / tr(W^T H W) after it.
+      seconds: what it took; the first of its shape compiles.
+    """
 
     name: str
     error: float
+    seconds: float = dataclasses.field(compare=False)
 
 
 def quantize_additive(
@@ -116,9 +125,11 @@ def quantize_additive(
       ValueError: as `quantize_kmeans`; H is not a Hessian of W's inputs: its shape, a value that
         is not finite, a negative diagonal, or no input at all.
     """
+    start = time.perf_counter()
     start_key, search_key = jax.random.split(key)
     w = quantize_kmeans(W, spec, start_key, options.iterations, options.refinements, dtype)
-    return refine(W, damped(H, w.shape[0], options.damping), w, search_key, options)
+    H = damped(H, w.shape[0], options.damping)
+    return refine(W, H, w, search_key, options, start)
 
 
 def refine(
@@ -127,6 +138,7 @@ def refine(
     w: CodebookTensor,
     key: jax.Array,
     options: AdditiveOptions = PRESETS["default"],
+    start: float | None = None,
 ) -> tuple[CodebookTensor, tuple[Stage, ...]]:
     """A codebook tensor brought nearer to W by rounds of Adam and beam search.
 
@@ -136,6 +148,7 @@ def refine(
       w: the start, [K, N].
       key: PRNG key of the orders of the search.
       options: rounds and what is in them.
+      start: when the work on `w` began, by `time.perf_counter`; None for now.
 
     Returns:
       (the tensor in the dtype of `w`, its stages; the first is the start).
@@ -144,10 +157,13 @@ def refine(
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
     energy = _energy(W, H)
+    last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
-        error = float(objective(W, H, CodebookTensor(codes, books, scales)))
-        return Stage(name, error / float(energy) if error > 0 else 0.0)
+        nonlocal last
+        error = float(objective(W, H, CodebookTensor(codes, books, scales)))  # waits for the device
+        before, last = last, time.perf_counter()
+        return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
 
     stages = [stage("kmeans")]
     for i in range(options.rounds):
@@ -163,8 +179,8 @@ def refine(
     if options.rounds:
         # The codes make up for the rounding of what they point at.
         books, scales = stored(books, dtype), stored(scales, dtype)
-        last = jax.random.fold_in(key, options.rounds)
-        codes = _search(W, H, codes, books, scales, last, spec, options.beam)
+        last_key = jax.random.fold_in(key, options.rounds)
+        codes = _search(W, H, codes, books, scales, last_key, spec, options.beam)
         stages.append(stage("rounded"))
     w = CodebookTensor(codes, books.astype(dtype), scales.astype(dtype)).check("W")
     return w, tuple(stages)

@@ -21,8 +21,9 @@ from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.load import save_model
 from jaxcodec.models.lora import ALL_TARGETS, ICARUS_TARGETS, init_adapter, save_adapter
 from jaxcodec.models.transformer import init_model
+from jaxcodec.quantize.additive import AdditiveOptions
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.train.ptq import quantize_model
+from jaxcodec.train.ptq import PRESETS, quantize_model
 
 VOCABULARY = 600
 CONFIG = ModelConfig(
@@ -47,7 +48,8 @@ def weights(tmp_path_factory):
     root = tmp_path_factory.mktemp("weights")
     dense = init_model(CONFIG, jax.random.key(0))
     spec = CodebookSpec.parse("m1v4g32")
-    base, _ = quantize_model(dense, spec, iterations=1, rounds=0, quiet=True)
+    options = dataclasses.replace(PRESETS["kmeans"], matrix=AdditiveOptions(1, 0, rounds=0))
+    base, _ = quantize_model(dense, spec, options=options, quiet=True)
     save_model(root / "base", dense)
     save_model(root / "base-quantized", base)
     tokenizer = train_tokenizer(islice(exercises(0), 500), VOCABULARY)

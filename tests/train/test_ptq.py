@@ -15,12 +15,17 @@ from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.load import load_model, save_model
 from jaxcodec.models.steps import forward
 from jaxcodec.models.transformer import Model, init_model, linear_shapes
+from jaxcodec.quantize.additive import AdditiveOptions
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, dequantize
-from jaxcodec.train.ptq import quantize_model
+from jaxcodec.train.block_tuning import TuningOptions
+from jaxcodec.train.ptq import PRESETS, QuantizeOptions, quantize_model
 from jaxcodec.train.quantization_report import QuantizationReport, inspect_model
 
 SPEC = CodebookSpec.parse("m2v4b4g32")
+MATRIX = AdditiveOptions(iterations=3, refinements=1, rounds=1, steps=5)
+OPTIONS = QuantizeOptions(MATRIX, TuningOptions(epochs=2), batch_size=4)
+KMEANS = dataclasses.replace(PRESETS["kmeans"], matrix=AdditiveOptions(1, 0, rounds=0))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def dense(shallow: ModelConfig) -> Model:
 
 @pytest.fixture(scope="module")
 def quantized(dense: Model) -> tuple[Model, QuantizationReport]:
-    return quantize_model(dense, SPEC, quiet=True)
+    return quantize_model(dense, SPEC, options=PRESETS["kmeans"], quiet=True)
 
 
 def state(model: Model) -> dict[str, jax.Array]:
@@ -112,10 +117,10 @@ def test_a_dense_model_is_inspected_too(dense: Model, tmp_path: Path) -> None:
 
 
 def test_progress_is_plain_lines_where_there_is_no_terminal(dense: Model, capsys) -> None:
-    quantize_model(dense, SPEC, iterations=1, rounds=0)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 7
-    assert lines[-1].startswith("step 7/7  layers.0.self_attn.v_proj  error 0.")
+    quantize_model(dense, SPEC, options=KMEANS)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("block 1/1  error 0.")
+    assert line.endswith("0:00:00 left")
 
 
 def test_a_layer_that_the_spec_cannot_hold_is_named(dense: Model) -> None:
@@ -129,7 +134,7 @@ def test_weights_that_are_not_finite_are_named(dense: Model) -> None:
     flat[path] = nnx.Param(flat[path].get_value().at[0, 0].set(jnp.nan))
     broken = dataclasses.replace(dense, weights=nnx.from_flat_state(flat))
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: W holds 1 values that are NaN"):
-        quantize_model(broken, SPEC, iterations=1, rounds=0, quiet=True)
+        quantize_model(broken, SPEC, options=KMEANS, quiet=True)
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized) -> None:

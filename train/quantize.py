@@ -1,0 +1,126 @@
+"""The command `jaxcodec quantize`: a dense model in, a quantized one out, in one run or several.
+
+<out>/run.json, blocks/, compiled/   what a stopped run goes on from; the latter two go at the end
+<out>/config.json, model.safetensors, tokenizer, quantization.json, quantization.svg   the result
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+from jaxcodec.models.load import CONFIG_FILE, copy_tokenizer, load_model, save_model
+from jaxcodec.models.sharding import make_mesh
+from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.models.transformer import Model
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.train.calibration import read_calibration
+from jaxcodec.train.checkpoint import MANIFEST
+from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
+from jaxcodec.train.quantization_figure import write_figure
+from jaxcodec.train.quantization_report import read_report
+from jaxcodec.train.quantized_blocks import FOLDER
+
+COMPILED = "compiled"
+
+
+def quantize(
+    model: Path,
+    /,
+    *,
+    spec: str,
+    out: Path,
+    data: Path | None = None,
+    preset: Literal["kmeans", "fast", "default", "best"] = "default",
+    layers: tuple[str, ...] = (),
+    sequences: int = 128,
+    length: int = 2048,
+    batch_size: int = 4,
+    activations: Literal["memory", "disk"] = "memory",
+    seed: int = 0,
+) -> None:
+    """Quantize the linears of a model's blocks, each for the inputs that the data gives it.
+
+    A run that was stopped goes on at its first unfinished block when the same command is given
+    again. All devices share the work.
+
+    Args:
+      model: directory of a dense model in Hugging Face's format.
+      spec: how to store them, such as m2v8g128 or m1v4g128.
+      out: directory of the result: config.json, weights, tokenizer and quantization.json.
+      data: calibration text, JSONL of {"text"} or {"prompt", "completion"}; without it all inputs
+        of a linear count alike.
+      preset: how much work: k-means alone, a quick pass, the usual, or all that helps.
+      layers: exceptions, EXPRESSION=SPEC or EXPRESSION=dense, such as down_proj=m2v8g32: a regular
+        expression that is looked for in a linear's path (layers.0.mlp.down_proj); the first that is
+        found counts.
+      sequences: most calibration sequences.
+      length: tokens of each; less where the model's context is shorter.
+      batch_size: sequences on the devices at once.
+      activations: where hidden states of all sequences lie between blocks.
+      seed: of the random choices.
+    """
+    if sequences < 1 or length < 2:
+        raise ValueError(
+            f"Expected at least 1 sequence of at least 2 tokens, got {sequences} of {length}."
+        )
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    options = dataclasses.replace(
+        PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
+    )
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise ValueError(f"{out} is not empty, and holds no run to go on with.")
+    dense = load_on_host(model)
+    specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
+    calibration = None
+    if data is not None:
+        length = min(length, dense.config.max_positions)
+        calibration = read_calibration(data, PretrainedTokenizer(model), sequences, length)
+        print(f"{len(calibration)} calibration sequences of {length} tokens", flush=True)
+    if (out / CONFIG_FILE).exists():  # the last file that a run writes
+        claim_run(dense, specs, calibration, options, out)
+        print(read_report(out))
+        return
+    _keep_compiled_programs(out)
+    quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
+    report.write(out)
+    write_figure(out, report)
+    copy_tokenizer(model, out)
+    save_model(out, quantized)
+    for folder in (FOLDER, COMPILED):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    print(report)
+
+
+def load_on_host(directory: Path) -> Model:
+    """The model of a directory in host memory, where JAX has a CPU beside its accelerators."""
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return load_model(directory)
+    with jax.default_device(host):
+        return load_model(directory)
+
+
+def _overrides(layers: Sequence[str]) -> list[tuple[str, CodebookSpec | None]]:
+    overrides = []
+    for text in layers:
+        expression, separator, chosen = text.rpartition("=")
+        if not separator or not expression:
+            raise ValueError(
+                f"Expected EXPRESSION=SPEC or EXPRESSION=dense, such as down_proj=m2v8g32, "
+                f"got {text!r}."
+            )
+        spec = None if chosen == "dense" else CodebookSpec.parse(chosen)
+        overrides.append((expression, spec))
+    return overrides
+
+
+def _keep_compiled_programs(out: Path) -> None:
+    """On a GPU, so that a run that goes on computes with the kernels that autotuning chose."""
+    if jax.default_backend() == "gpu" and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(out / COMPILED))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
