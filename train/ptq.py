@@ -161,31 +161,27 @@ def quantize_model(
     if directory is not None:
         claim_run(model, specs, calibration, options, directory)
     finished = {} if directory is None else dict(_finished(model, specs, directory))
-    layers = model.config.num_layers
     states = None
-    if calibration is not None and len(finished) < layers:
+    if calibration is not None and len(finished) < model.config.num_layers:
         states = embedded(model, calibration, directory if options.activations == "disk" else None)
     blocks, reports = {}, []
-    with QuantizationProgress(layers, quiet) as progress:
-        for layer in range(layers):
+    with QuantizationProgress(model.config.num_layers, quiet) as progress:
+        for layer in range(model.config.num_layers):
             progress.begin(layer)
             if layer in finished:
-                block, report = finished[layer]
+                done = finished[layer]
                 if states is not None:
-                    advance(place.replicated(block), states.inputs, options.batch_size, place)
+                    advance(place.replicated(done[0]), states.inputs, options.batch_size, place)
             else:
                 dense, here = take_block(model, layer), _within(specs, layer)
-                block, report = _quantize_block(
-                    place.replicated(dense), layer, here, states, options, place, progress
-                )
-                block = jax.device_put(block, _home(dense))
+                done = _quantize_block(dense, layer, here, states, options, place, progress)
                 if directory is not None:
-                    write_block(directory, layer, block, report)
-            blocks[layer] = block
+                    write_block(directory, layer, *done)
+            blocks[layer], report = done
             reports.append(report)
             progress.end(report, layer in finished)
-    quantized = with_blocks(model, blocks)
     linears = tuple(linear for report in reports for linear in report.linears)
+    quantized = with_blocks(model, blocks)
     return quantized, QuantizationReport(linears, quantized.nbytes, tuple(reports))
 
 
@@ -228,8 +224,9 @@ def _quantize_block(
     place: Placement,
     progress: QuantizationProgress,
 ) -> tuple[BlockModel, BlockReport]:
-    """The block quantized and tuned; `states` then hold what the next block reads."""
+    """The block quantized and tuned, where `dense` is; `states` hold what the next block reads."""
     clock = _Clock()
+    home, dense = _home(dense), place.replicated(dense)
     hessians: Hessians = {}
     if states is not None:
         progress.stage("calibration")
@@ -266,7 +263,8 @@ def _quantize_block(
         clock.lap("tuning")
         advance(block, states.inputs, options.batch_size, place)
         clock.lap("next inputs")
-    return block, BlockReport(layer, tuple(linears), tuning, clock.seconds)
+    report = BlockReport(layer, tuple(linears), tuning, clock.seconds)
+    return jax.device_put(block, home), report
 
 
 class _Clock:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import numpy as np
 
 from jaxcodec.models.load import CONFIG_FILE, copy_tokenizer, load_model, save_model
 from jaxcodec.models.sharding import make_mesh
-from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.models.tokenizer import PretrainedTokenizer, Tokenizer
 from jaxcodec.models.transformer import Model
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.calibration import read_calibration
@@ -38,7 +39,7 @@ def quantize(
     layers: tuple[str, ...] = (),
     sequences: int = 128,
     length: int = 2048,
-    batch_size: int = 4,
+    batch_size: int | None = None,
     activations: Literal["memory", "disk"] = "memory",
     seed: int = 0,
 ) -> None:
@@ -59,15 +60,12 @@ def quantize(
         found counts.
       sequences: most calibration sequences.
       length: tokens of each; less where the model's context is shorter.
-      batch_size: sequences on the devices at once.
+      batch_size: sequences on the devices at once; None for 4, or one for each device.
       activations: where hidden states of all sequences lie between blocks.
       seed: of the random choices.
     """
-    if sequences < 1 or length < 2:
-        raise ValueError(
-            f"Expected at least 1 sequence of at least 2 tokens, got {sequences} of {length}."
-        )
     mesh = make_mesh() if jax.device_count() > 1 else None
+    batch_size = batch_size or max(PRESETS[preset].batch_size, jax.device_count())
     options = dataclasses.replace(
         PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
     )
@@ -78,8 +76,7 @@ def quantize(
     calibration = None
     if data is not None:
         length = min(length, dense.config.max_positions)
-        calibration = read_calibration(data, PretrainedTokenizer(model), sequences, length)
-        print(f"{len(calibration)} calibration sequences of {length} tokens", flush=True)
+        calibration = _read(data, PretrainedTokenizer(model), sequences, length, batch_size)
     if (out / CONFIG_FILE).exists():  # the last file that a run writes
         claim_run(dense, specs, calibration, options, out)
         print(read_report(out))
@@ -103,6 +100,21 @@ def load_on_host(directory: Path) -> Model:
         return load_model(directory)
     with jax.default_device(host):
         return load_model(directory)
+
+
+def _read(
+    data: Path, tokenizer: Tokenizer, sequences: int, length: int, batch_size: int
+) -> np.ndarray:
+    """Sequences int32 [n, T]: whole batches, for devices to share, where there is one at all."""
+    if sequences < 1 or length < 2:
+        raise ValueError(
+            f"Expected at least 1 sequence of at least 2 tokens, got {sequences} of {length}."
+        )
+    calibration = read_calibration(data, tokenizer, sequences, length)
+    if len(calibration) > batch_size:
+        calibration = calibration[: len(calibration) // batch_size * batch_size]
+    print(f"{len(calibration)} calibration sequences of {length} tokens", flush=True)
+    return calibration
 
 
 def _overrides(layers: Sequence[str]) -> list[tuple[str, CodebookSpec | None]]:

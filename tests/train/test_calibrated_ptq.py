@@ -23,7 +23,7 @@ from jaxcodec.train.calibration import Placement, calibrate, embedded
 from jaxcodec.train.ptq import QuantizeOptions, quantize_model, select_specs
 from jaxcodec.train.quantization_report import QuantizationReport
 
-SPEC = CodebookSpec.parse("m1v4b4g32")
+SPEC = CodebookSpec.parse("m2v4b4g32")
 MATRIX = AdditiveOptions(iterations=3, refinements=1, rounds=1, steps=5)
 OPTIONS = QuantizeOptions(MATRIX, TuningOptions(epochs=2), batch_size=4)
 # Few of the 128 tokens, so that inputs lie in part of the space.
@@ -34,7 +34,11 @@ TOKENS = np.random.default_rng(0).integers(0, 24, (12, 16), np.int32)
 def dense(config: ModelConfig) -> Model:
     """Weights large enough for a block to do something to its input."""
     model = init_model(config, jax.random.key(3))
-    return dataclasses.replace(model, weights=jax.tree.map(lambda x: 4 * x, model.weights))
+    larger = [
+        (path, v.replace(4 * v.get_value()) if path[-1] == "kernel" else v)
+        for path, v in nnx.to_flat_state(model.weights)
+    ]
+    return dataclasses.replace(model, weights=nnx.from_flat_state(larger))
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +191,7 @@ def test_batches_that_devices_cannot_share_are_refused(dense: Model) -> None:
 
 
 def test_formats_are_mixed_by_name(dense: Model) -> None:
-    wide = CodebookSpec.parse("m2v4b4g32")
+    wide = CodebookSpec.parse("m1v4b4g32")
     specs = select_specs(
         dense.config, SPEC, [(r"layers\.0\.self_attn", None), ("down_proj|o_proj", wide)]
     )

@@ -1,0 +1,76 @@
+"""The command: a directory in, a directory out, and the same again when it is given again."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from jaxcodec.models.load import load_model
+from jaxcodec.train.quantization_report import inspect_model
+from jaxcodec.train.quantize import quantize
+
+SPEC = "m1v4b4g32"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    sums = [f"{a} and {b} make {a + b}. " * 4 for a in range(9) for b in range(9)]
+    lines = [json.dumps({"text": text}) for text in sums]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    return tmp_path / "text.jsonl"
+
+
+def test_the_result_loads_and_the_same_command_finds_it(
+    base: Path, text: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out"
+    options = {"spec": SPEC, "out": out, "data": text, "preset": "kmeans", "length": 16}
+    options |= {"sequences": 18, "batch_size": 4, "layers": ("down_proj=dense", "q_proj=m2v4b4g32")}
+    quantize(base, **options)
+    assert "16 calibration sequences of 16 tokens" in capsys.readouterr().out
+    formats = {path.rsplit(".", 1)[1]: str(spec) for path, spec in load_model(out).specs}
+    assert formats["q_proj"] == "m2v4b4g32"
+    assert formats["up_proj"] == SPEC
+    assert "down_proj" not in formats
+    files = {path.name for path in out.iterdir()}
+    expected = {"run.json", "config.json", "model.safetensors", "tokenizer.json"}
+    assert files >= expected | {"quantization.json", "quantization.svg"}
+    assert not files & {"blocks", "compiled"}
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    quantize(base, **options)
+    assert "output error of the blocks" in capsys.readouterr().out
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds another run: seed was 0 and is 7"):
+        quantize(base, **options, seed=7)
+
+
+def test_the_report_tells_bits_and_errors_of_every_linear(
+    base: Path, text: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    quantize(base, spec=SPEC, out=out, data=text, preset="fast", length=16, sequences=16)
+    report = inspect_model(out)
+    for linear in report.linears:
+        assert linear.activation_error is not None
+        assert linear.relative_error is not None
+        assert 0 < linear.activation_error < linear.relative_error
+    assert {linear.bits_per_weight for linear in report.linears} > {2.5}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"layers": ("down_proj",)}, "Expected EXPRESSION=SPEC"),
+        ({"layers": ("gate=m1v4b4g32x",)}, "such as m2v8g128"),
+        ({"length": 100_000_000, "sequences": 1}, "not one sequence of"),
+        ({"sequences": 0}, "at least 1 sequence"),
+    ],
+)
+def test_bad_input_is_a_sentence(
+    base: Path, text: Path, tmp_path: Path, change: dict, sentence: str
+) -> None:
+    short = text if "length" not in change else tmp_path / "short.jsonl"
+    short.write_text(text.read_text() if short == text else '{"text": "a"}\n')
+    with pytest.raises(ValueError, match=sentence):
+        quantize(base, **{"spec": SPEC, "out": tmp_path / "out", "data": short} | change)
+    assert not (tmp_path / "out").exists()
