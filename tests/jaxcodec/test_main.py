@@ -1,4 +1,4 @@
-"""The command line: one quantizes, the other shows it, and bad input is one sentence."""
+"""The command line: quantize, convert, show; and bad input is one sentence."""
 
 import sys
 from pathlib import Path
@@ -52,6 +52,22 @@ def test_quantize_writes_a_model_that_inspect_shows(
     assert "whole model" in shown
 
 
+def test_convert_writes_another_layout_that_inspect_shows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    quantized, packed = tmp_path / "quantized", tmp_path / "packed"
+    run(monkeypatch, "quantize", model, "--spec", "m1v2g32", "--out", quantized)
+    capsys.readouterr()
+    run(monkeypatch, "inspect", quantized)
+    shown = capsys.readouterr().out
+    run(monkeypatch, "convert", quantized, packed, "--to", "codegemm")
+    assert "7/7  layers.0.self_attn.v_proj  m1v2g32" in capsys.readouterr().out
+    run(monkeypatch, "inspect", packed)
+    assert capsys.readouterr().out == shown
+    assert (packed / "tokenizer.json").read_text() == "{}"
+    assert (packed / "quantization.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -60,6 +76,8 @@ def test_quantize_writes_a_model_that_inspect_shows(
         (["quantize", "{tmp}/model", "--spec", "2bit", "--out", "{tmp}/out"], "such as m2v8g128"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g32", "--out", "{tmp}/model"], "is not empty"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g128", "--out", "{tmp}/out"], "layers.0."),
+        (["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"], "is dense"),
+        (["convert", "{tmp}/nowhere", "{tmp}/out", "--to", "aqlm"], "There is no checkpoint"),
     ],
 )
 def test_bad_input_ends_with_a_sentence(
