@@ -13,6 +13,7 @@ Source: AQLM (arXiv 2401.06118) section 3; its convert_to_hf.py, and QuantizedLi
 `aqlm` 1.1.7, which transformers loads these checkpoints with.
 """
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,9 +28,8 @@ from jaxcodec.tensor import FIELDS, CodebookTensor
 
 KEY = "quantization_config"
 _DENSE = "linear_weights_not_to_quantize"
-# Fused: a matrix of codes is not spread over words of its own in between.
+# Fused, codes do not grow to 32 bits in between.
 _pack = jax.jit(pack_codes, static_argnums=1)
-_unpack = jax.jit(unpack_codes, static_argnums=1)
 
 
 def read_specs(
@@ -150,12 +150,17 @@ def read_linear(
 
 def write_linear(w: CodebookTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Codes, codebooks and scales as the layout stores them."""
-    spec = w.spec
-    codes_njm = np.asarray(_unpack(w.codes, spec.bits)).transpose(2, 1, 0)
-    signed = codes_njm - (codes_njm >= 2 ** (spec.bits - 1)) * 2**spec.bits
+    codes_njm = np.asarray(_signed(w.codes, w.spec))
     books_mc1v = np.asarray(w.codebooks)[:, :, None, :]
     scales_n111 = np.asarray(w.scales).reshape(-1, 1, 1, 1)
-    return signed.astype(_code_dtype(spec)), books_mc1v, scales_n111
+    return codes_njm, books_mc1v, scales_n111
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _signed(words: jax.Array, spec: CodebookSpec) -> jax.Array:
+    codes_mjn = unpack_codes(words, spec.bits)
+    taken_off = jnp.where(codes_mjn < 2 ** (spec.bits - 1), 0, 2**spec.bits)
+    return (codes_mjn - taken_off).astype(_code_dtype(spec)).transpose(2, 1, 0)
 
 
 def _code_dtype(spec: CodebookSpec) -> np.dtype:
