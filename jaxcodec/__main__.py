@@ -2,10 +2,12 @@
 
 quantize    write a model with codebooks in place of its blocks' linears
 inspect     print what a model directory holds
+convert     write a quantized model in another layout
 """
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 
 def inspect(model: Path, /) -> None:
@@ -19,6 +21,20 @@ def inspect(model: Path, /) -> None:
     print(inspect_model(model))
 
 
+def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "aqlm"]) -> None:
+    """Write a quantized model in another layout, with the same numbers.
+
+    Args:
+      model: directory of a quantized model in any of the layouts.
+      out: directory of the result: config.json, weights, tokenizer and report; new or empty.
+      to: our layout, that of CodeGEMM's own code, or AQLM's for transformers.
+    """
+    from jaxcodec.models.convert import convert_model
+    from jaxcodec.train.progress import progress
+
+    convert_model(model, out, to, progress)
+
+
 def main() -> None:
     """Run the command line; bad input ends it with one sentence and status 1."""
     import tyro
@@ -26,7 +42,7 @@ def main() -> None:
     from jaxcodec.train.quantize import quantize
 
     try:
-        commands = {"quantize": quantize, "inspect": inspect}
+        commands = {"quantize": quantize, "inspect": inspect, "convert": convert}
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxcodec")
     except (ValueError, OSError) as error:
         sys.exit(f"jaxcodec: {error}")

@@ -17,6 +17,7 @@ from jaxcodec.pack import unpack_codes
 from jaxcodec.spec import WORD_BITS, CodebookSpec
 
 FLOAT_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+FIELDS = ("codes", "codebooks", "scales")
 
 
 @jax.tree_util.register_dataclass

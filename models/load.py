@@ -1,13 +1,15 @@
-"""Models on disk: Hugging Face directories, and ours, which are the same with codebook linears.
+"""Models on disk: Hugging Face directories, and the same with codebook linears.
 
-    config.json                  Hugging Face's; with codebooks also
-                                 "jaxcodec": {"format": 1, "specs": {linear path: "m2v8g128"}}
+    config.json                  Hugging Face's; with codebooks also the key of a layout
     model.safetensors (shards)   tensors by Hugging Face's names; a codebook linear has
                                  <name>.codes, .codebooks and .scales where a dense one has .weight
+
+The layouts are ours, CodeGEMM's and AQLM's: see jaxcodec/checkpoints/layouts.py.
 
 Letters: K input and N output features.
 """
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -15,20 +17,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxcodec.checkpoints.files import read_json, write_json
+from jaxcodec.checkpoints.layouts import Layout, config_in, layout_named, recognise
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.transformer import Model, Specs, abstract_model, linear_shapes
-from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor
+from jaxcodec.tensor import FIELDS, FLOAT_DTYPES, CodebookTensor
 
 CONFIG_FILE = "config.json"
-FORMAT = 1
+REPORT_FILE = "quantization.json"  # how a quantized model was made
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,59 +47,149 @@ _HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-def load_model(directory: str | Path, dtype: jnp.dtype | None = None) -> Model:
-    """Read a model, dense or with codebook linears, strictly: every tensor used, none missing.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A model directory whose names, shapes and dtypes are those that config.json asks for.
 
-    Args:
-      directory: holds config.json and safetensors.
-      dtype: of floats in memory; None for that of the embedding on disk.
+    Attributes:
+      hf: config.json.
+      config: what it says of the Transformer.
+      layout: of the codebook linears.
+      specs: of the codebook linears, sorted by path.
+      tensors: by name, as they lie on disk, memory-mapped; without those that others determine.
+    """
+
+    hf: Mapping[str, Any]
+    config: ModelConfig
+    layout: Layout
+    specs: Specs
+    tensors: Mapping[str, np.ndarray]
+
+    @property
+    def dense(self) -> dict[str, np.ndarray]:
+        """All tensors but codes, codebooks and scales."""
+        fields = {f"model.{path}.{field}" for path, _ in self.specs for field in FIELDS}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in fields}
+
+    def linear(self, path: str) -> CodebookTensor:
+        """The weight of a codebook linear, such as `layers.0.mlp.up_proj`.
+
+        Raises:
+          ValueError: codes beyond their bits, codebooks and scales of different dtypes, or values
+            that are not finite, naming the linear.
+        """
+        codes, codebooks, scales = (self.tensors[f"model.{path}.{field}"] for field in FIELDS)
+        w = self.layout.read_linear(path, dict(self.specs)[path], codes, codebooks, scales)
+        return w.check(path)
+
+
+def open_model(directory: str | Path) -> Checkpoint:
+    """Open a model directory in any layout strictly: every tensor known, none missing.
 
     Raises:
       FileNotFoundError: the directory, config.json, the weights or a shard is missing.
       ValueError: an unknown architecture, a damaged file, or tensors that are missing, not
-        expected, of a wrong shape, or NaN in a scale or codebook; all are named.
+        expected, or of a wrong shape or dtype; all are named.
     """
     directory = Path(directory)
-    hf = read_json(directory / CONFIG_FILE)
-    config, specs = ModelConfig.from_hf(hf), _read_specs(hf)
-    tensors = _without_derived(read_tensors(directory), config)
+    tensors, hf = read_tensors(directory), read_json(directory / CONFIG_FILE)
+    config, layout = ModelConfig.from_hf(hf), recognise(hf)
+    shapes = dict(linear_shapes(config))
+    specs = tuple(sorted(layout.read_specs(hf, shapes, tensors.keys()).items()))
+    tensors = _without_derived(tensors, config)
+    expected = {}
+    for path, variable in nnx.to_flat_state(abstract_model(config, specs=specs).weights):
+        shape = variable.get_value().shape
+        expected[hf_name(path)] = shape[::-1] if path[-1] == "kernel" else shape
+    for path, spec in specs:
+        for field, shape in zip(FIELDS, layout.field_shapes(spec, *shapes[path]), strict=True):
+            expected[f"model.{path}.{field}"] = shape
+    _check_names(directory, tensors, expected)
+    _check_arrays(directory, tensors, expected)
+    return Checkpoint(hf, config, layout, specs, tensors)
+
+
+def load_model(directory: str | Path, dtype: jnp.dtype | None = None) -> Model:
+    """Read a model, dense or with codebook linears in any layout; strictly, as `open_model` does.
+
+    Args:
+      directory: holds config.json and safetensors.
+      dtype: of floats in memory; None for that of the embedding on disk, where codebooks and
+        scales keep their own.
+
+    Raises:
+      FileNotFoundError: the directory, config.json, the weights or a shard is missing.
+      ValueError: as of `open_model`; or codes beyond their bits, or a scale or codebook that is
+        not finite in `dtype`; the linear is named.
+    """
+    checkpoint = open_model(directory)
+    loaded = {}
+    for linear, _ in checkpoint.specs:
+        w = checkpoint.linear(linear)
+        if dtype is not None:
+            books, scales = w.codebooks.astype(dtype), w.scales.astype(dtype)
+            w = CodebookTensor(w.codes, books, scales).check(linear)
+        loaded |= {f"model.{linear}.{field}": getattr(w, field) for field in FIELDS}
     if dtype is None:
-        stored = tensors.get(_EMBEDDING)
-        dtype = jnp.bfloat16 if stored is None else stored.dtype
-    _check_specs(config, specs)
-    target = abstract_model(config, dtype, specs)
-    variables = dict(nnx.to_flat_state(target.weights))
-    names = {path: hf_name(path) for path in variables}
-    _check_names(directory, tensors, names.values())
-    _check_shapes(directory, tensors, variables, names)
-    loaded = [
-        (path, variable.replace(_to_device(tensors[names[path]], path, variable.get_value().dtype)))
-        for path, variable in variables.items()
-    ]
-    model = Model(config, nnx.from_flat_state(loaded), specs)
-    check_codebooks(model)
-    return model
+        dtype = checkpoint.tensors[_EMBEDDING].dtype
+    target = abstract_model(checkpoint.config, dtype, checkpoint.specs)
+    filled = []
+    for path, variable in nnx.to_flat_state(target.weights):
+        name = hf_name(path)
+        if (value := loaded.pop(name, None)) is None:
+            stored = checkpoint.tensors[name]
+            value = jnp.asarray(stored.T if path[-1] == "kernel" else stored).astype(dtype)
+        filled.append((path, variable.replace(value)))
+    return Model(checkpoint.config, nnx.from_flat_state(filled), checkpoint.specs)
 
 
-def save_model(directory: str | Path, model: Model, extra: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    directory: str | Path,
+    model: Model,
+    extra: Mapping[str, Any] | None = None,
+    layout: str = "jaxcodec",
+) -> None:
     """Write `model` so that `load_model` (and, where dense, transformers) reads it back.
 
     Adapters in a bank are not part of it. A failure leaves files that were there as they were.
 
     Args:
       extra: further keys for config.json, such as how the model was made.
+      layout: of codebook linears: "jaxcodec", "codegemm" or "aqlm".
+
+    Raises:
+      OSError: a file cannot be written.
+      ValueError: what the layout cannot hold, by name.
     """
-    directory = Path(directory)
-    tensors = {}
+    directory, written = Path(directory), layout_named(layout)
+    dense, fields = {}, {}
     for path, variable in nnx.to_flat_state(model.weights):
-        if not isinstance(variable, nnx.LoRAParam):
-            value = np.asarray(variable.get_value())
-            tensors[hf_name(path)] = value.T if path[-1] == "kernel" else value
+        value = variable.get_value()
+        if path[-1] in FIELDS:
+            fields[hf_name(path)] = value
+        elif not isinstance(variable, nnx.LoRAParam):
+            value = np.asarray(value)
+            dense[hf_name(path)] = value.T if path[-1] == "kernel" else value
+    linears = [
+        (path, CodebookTensor(*(fields[f"model.{path}.{field}"] for field in FIELDS)))
+        for path, _ in model.specs
+    ]
+    shapes = dict(linear_shapes(model.config))
     hf = model.config.to_hf() | {"torch_dtype": jnp.dtype(model.dtype).name}
-    if model.specs:
-        hf["jaxcodec"] = {"format": FORMAT, "specs": {p: str(s) for p, s in model.specs}}
-    write_tensors(directory, tensors)
+    hf = config_in(written, hf, dict(model.specs), shapes, dense.keys())
+    write_tensors(directory, dense | stored_linears(written, linears))
     write_json(directory / CONFIG_FILE, hf | dict(extra or {}))
+
+
+def stored_linears(
+    layout: Layout, linears: Iterable[tuple[str, CodebookTensor]]
+) -> dict[str, np.ndarray]:
+    """Codes, codebooks and scales of linears, (path, weight), by name as `layout` stores them."""
+    return {
+        f"model.{path}.{field}": array
+        for path, w in linears
+        for field, array in zip(FIELDS, layout.write_linear(w), strict=True)
+    }
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
@@ -129,37 +220,6 @@ def namespace(model: Model) -> str:
     return digest.hexdigest()
 
 
-def check_codebooks(model: Model) -> None:
-    """Refuse NaN or infinity in the codebooks and scales of a model, naming the linear."""
-    variables = dict(nnx.to_flat_state(model.weights))
-    for linear, _ in model.specs:
-        path = tuple(int(p) if p.isdigit() else p for p in linear.split("."))
-        fields = ("codes", "codebooks", "scales")
-        CodebookTensor(*(variables[*path, f].get_value() for f in fields)).check(linear)
-
-
-def _read_specs(hf: Mapping[str, Any]) -> Specs:
-    ours = hf.get("jaxcodec")
-    if ours is None:
-        return ()
-    if ours.get("format") != FORMAT:
-        raise ValueError(
-            f"config.json has jaxcodec format {ours.get('format')!r}, this version reads {FORMAT}."
-        )
-    specs = ours.get("specs")
-    if not isinstance(specs, dict) or not all(isinstance(s, str) for s in specs.values()):
-        raise ValueError(f"config.json: jaxcodec specs must be texts by linear, got {specs!r}.")
-    return tuple(sorted((p, CodebookSpec.parse(s)) for p, s in specs.items()))
-
-
-def _check_specs(config: ModelConfig, specs: Specs) -> None:
-    linears = dict(linear_shapes(config)) if specs else {}
-    if unknown := [path for path, _ in specs if path not in linears]:
-        raise ValueError(
-            f"config.json has specs for {', '.join(unknown)}, which are no linears of its blocks."
-        )
-
-
 def _without_derived(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors less those that others determine: rotary frequencies, and a tied head."""
     if config.tie_embeddings and _HEAD in tensors and _EMBEDDING in tensors:
@@ -185,23 +245,18 @@ def _check_names(directory: Path, tensors: Mapping[str, Any], names: Iterable[st
         raise ValueError(f"{directory}: tensors do not match config.json: {'; '.join(problems)}.")
 
 
-def _check_shapes(
+def _check_arrays(
     directory: Path,
     tensors: Mapping[str, np.ndarray],
-    variables: Mapping[tuple[Any, ...], nnx.Variable],
-    names: Mapping[tuple[Any, ...], str],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> None:
+    """Refuse wrong shapes, and floats that are none; a layout knows the dtype of its codes."""
     problems = []
-    for path, variable in variables.items():
-        shape, came = variable.get_value().shape, tensors[names[path]].shape
-        expected = shape[::-1] if path[-1] == "kernel" else shape
-        if came != expected:
-            problems.append(f"{names[path]} must be {list(expected)}, got {list(came)}")
+    for name, expected in shapes.items():
+        tensor = tensors[name]
+        if tensor.shape != expected:
+            problems.append(f"{name} must be {list(expected)}, got {list(tensor.shape)}")
+        elif not name.endswith(".codes") and tensor.dtype not in FLOAT_DTYPES:
+            problems.append(f"{name} must be bfloat16, float16 or float32, got {tensor.dtype}")
     if problems:
         raise ValueError(f"{directory}: {'; '.join(problems)}.")
-
-
-def _to_device(tensor: np.ndarray, path: tuple[Any, ...], dtype: jnp.dtype) -> jax.Array:
-    if path[-1] == "codes" and tensor.dtype != np.uint32:
-        raise ValueError(f"{hf_name(path)} must be packed uint32, got {tensor.dtype}.")
-    return jnp.asarray(tensor.T if path[-1] == "kernel" else tensor).astype(dtype)

@@ -4,20 +4,15 @@ Letters: K input and N output features.
 """
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from jaxcodec.checkpoints.files import read_json, write_json
-from jaxcodec.checkpoints.safetensors import read_tensors
-from jaxcodec.tensor import CodebookTensor
+from jaxcodec.models.load import REPORT_FILE as FILE
+from jaxcodec.models.load import Checkpoint, open_model
+from jaxcodec.models.transformer import linear_shapes
 from jaxcodec.train.block_tuning import TuningResult
 
-# Beside config.json in the directory of a quantized model.
-FILE = "quantization.json"
 HEADER = (
     "linear",
     "K x N",
@@ -27,8 +22,6 @@ HEADER = (
     "activation error",
     "seconds",
 )
-
-_LINEAR = re.compile(r"model\.(layers\.\d+\.\w+\.\w+_proj)\.(weight|codes)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,24 +140,21 @@ class QuantizationReport:
 
 
 def inspect_model(directory: str | Path) -> QuantizationReport:
-    """Report on a model directory from the shapes on disk, and from its report where it has one.
+    """Report on a model directory in any layout, and from its report where it has one.
 
     Raises:
-      FileNotFoundError: no such directory, or no weights in it.
-      ValueError: a damaged file, or arrays that do not form a codebook tensor; they are named.
+      FileNotFoundError: no such directory, or no config.json or weights in it.
+      ValueError: what `load_model` refuses; it is named.
     """
     directory = Path(directory)
-    tensors = read_tensors(directory)
+    checkpoint = open_model(directory)
     known = read_report(directory)
     measured = {linear.name: linear for linear in known.linears}
-    found = {}
-    for key in tensors:
-        if match := _LINEAR.fullmatch(key):
-            found[match[1]] = _inspect(match[1], tensors, measured.get(match[1]))
-    if not found:
-        raise ValueError(f"{directory} holds no linear of a Transformer block.")
-    linears = tuple(found[name] for name in sorted(found, key=_natural))
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    linears = tuple(
+        _inspect(name, checkpoint, measured.get(name))
+        for name, _ in linear_shapes(checkpoint.config)
+    )
+    nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     return QuantizationReport(linears, nbytes, known.blocks)
 
 
@@ -181,22 +171,17 @@ def read_report(directory: str | Path) -> QuantizationReport:
     try:
         linears = tuple(LinearReport(**linear) for linear in content["linears"])
         blocks = tuple(map(BlockReport.from_json, content.get("blocks", ())))
+        return QuantizationReport(linears, content["nbytes"], blocks)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a report as quantizing writes it: {error}.") from None
-    return QuantizationReport(linears, content["nbytes"], blocks)
 
 
-def _inspect(name: str, tensors: dict[str, np.ndarray], known: LinearReport | None) -> LinearReport:
-    prefix = f"model.{name}"
-    dense = tensors.get(f"{prefix}.weight")
+def _inspect(name: str, checkpoint: Checkpoint, known: LinearReport | None) -> LinearReport:
+    dense = checkpoint.tensors.get(f"model.{name}.weight")
     if dense is not None:
         N, K = dense.shape
         return LinearReport(name, K, N, dense.dtype.name, 8.0 * dense.itemsize)
-    fields = ("codes", "codebooks", "scales")
-    if missing := [field for field in fields if f"{prefix}.{field}" not in tensors]:
-        raise ValueError(f"{prefix} lacks {', '.join(missing)}.")
-    arrays = (jnp.asarray(tensors[f"{prefix}.{field}"]) for field in fields)
-    w = CodebookTensor(*arrays).check(name)
+    w = checkpoint.linear(name)
     here = LinearReport(name, *w.shape, str(w.spec), w.bits_per_weight)
     if known is None:
         return here
@@ -217,8 +202,3 @@ def _row(linear: LinearReport) -> tuple[str, ...]:
         number(linear.activation_error, 5),
         number(linear.seconds, 2),
     )
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 2 before layer 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,31 @@ def replacement(*paths: Path) -> Iterator[list[Path]]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary directory that becomes `path` when the block ends without an error.
+
+    By then its files are on the disk (fsync). After an error it is gone; after a kill it is left
+    beside `path`, under a name that begins with a dot. `path` is never there in part.
+
+    Raises:
+      ValueError: `path` is there, and is not an empty directory.
+    """
+    path = Path(path).absolute()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} is not empty; give a new directory.")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as opened:
+                os.fsync(opened.fileno())
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`.
 
@@ -55,3 +81,16 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacement(Path(path)) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
+
+
+def whole_number(content: Any, key: str, where: str) -> int:
+    """`content[key]`, refused unless `content` is an object and the value a whole number above 0.
+
+    Raises:
+      ValueError: names the key, and `where` it was looked for.
+    """
+    if not isinstance(content, dict) or key not in content:
+        raise ValueError(f"{where} lacks {key!r}.")
+    if type(content[key]) is not int or content[key] < 1:
+        raise ValueError(f"{where}: {key} must be a whole number above 0, got {content[key]!r}.")
+    return content[key]

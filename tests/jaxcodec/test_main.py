@@ -1,4 +1,4 @@
-"""The command line: one quantizes, the other shows it, and bad input is one sentence."""
+"""The command line: quantize, convert, show; and bad input is one sentence."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 from jaxcodec.__main__ import main
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.load import load_model, save_model
-from jaxcodec.models.transformer import init_model
+from jaxcodec.models.transformer import init_model, linear_shapes
+from jaxcodec.spec import CodebookSpec
 
 CONFIG = ModelConfig(
     model_type="llama",
@@ -52,6 +53,20 @@ def test_quantize_writes_a_model_that_inspect_shows(
     assert "whole model" in shown
 
 
+def test_convert_writes_another_layout_that_inspect_shows(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    specs = tuple((path, CodebookSpec.parse("m1v2g32")) for path, _ in linear_shapes(CONFIG))
+    save_model(model, init_model(CONFIG, jax.random.key(0), specs=specs))
+    run(monkeypatch, "inspect", model)
+    shown = capsys.readouterr().out
+    run(monkeypatch, "convert", model, tmp_path / "packed", "--to", "codegemm")
+    assert "7/7  layers.0.self_attn.v_proj  m1v2g32" in capsys.readouterr().out
+    run(monkeypatch, "inspect", tmp_path / "packed")
+    assert capsys.readouterr().out == shown
+    assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -60,6 +75,8 @@ def test_quantize_writes_a_model_that_inspect_shows(
         (["quantize", "{tmp}/model", "--spec", "2bit", "--out", "{tmp}/out"], "such as m2v8g128"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g32", "--out", "{tmp}/model"], "is not empty"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g128", "--out", "{tmp}/out"], "layers.0."),
+        (["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"], "is dense"),
+        (["convert", "{tmp}/nowhere", "{tmp}/out", "--to", "aqlm"], "There is no checkpoint"),
     ],
 )
 def test_bad_input_ends_with_a_sentence(

@@ -151,5 +151,5 @@ def test_damage_is_named_by_inspect(quantized, tmp_path: Path) -> None:
         inspect_model(tmp_path)
     del tensors[name]
     write_tensors(tmp_path, tensors)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.up_proj lacks scales"):
+    with pytest.raises(ValueError, match=r"missing model\.layers\.0\.mlp\.up_proj\.scales"):
         inspect_model(tmp_path)

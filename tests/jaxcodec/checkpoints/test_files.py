@@ -5,7 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from jaxcodec.checkpoints.files import read_json, replacement, write_json
+from jaxcodec.checkpoints.files import (
+    new_directory,
+    read_json,
+    replacement,
+    whole_number,
+    write_json,
+)
 
 
 def test_files_take_their_places_when_the_block_ends(tmp_path: Path) -> None:
@@ -52,3 +58,43 @@ def test_numbers_that_json_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "config.json", {"loss": float("nan")})
     assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "deep" / "new", tmp_path / "empty"):
+        with new_directory(path) as directory:
+            (directory / "file").write_text("new")
+            assert not (path / "file").exists()
+        assert os.listdir(path) == ["file"]
+    assert sorted(os.listdir(tmp_path)) == ["deep", "empty"]
+
+
+def interrupted_directory(path: Path) -> None:
+    with new_directory(path) as directory:
+        (directory / "file").write_text("new")
+        raise KeyboardInterrupt
+
+
+def test_after_an_error_there_is_no_directory(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        interrupted_directory(tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_with_files_or_a_file_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    for path in (tmp_path, tmp_path / "file"):
+        with pytest.raises(ValueError, match="is not empty"):
+            interrupted_directory(path)
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [({}, "here lacks 'g'"), (None, "here lacks 'g'"), ({"g": True}, "here: g must be .* True")],
+)
+def test_what_is_no_whole_number_is_refused(content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        whole_number(content, "g", "here")
+    assert whole_number({"g": 8}, "g", "here") == 8
