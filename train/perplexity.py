@@ -10,8 +10,8 @@ all scored tokens.
 With stride = window, the default, that is the convention of the programs of GPTQ (arXiv
 2210.17323) and AQLM (arXiv 2401.06118), whose text is WikiText-2, the lines of its test split
 joined by two line breaks, in windows of 2048 (GPTQ) or 4096 tokens (AQLM, for Llama 2); what
-follows the last full window is left out. A smaller stride gives each token at least window - stride tokens of
-context; from window - 1 on down, every token but the first of the text is scored once.
+follows the last full window is left out. A smaller stride gives each token at least window - stride
+tokens of context; from window - 1 on down, every token but the first of the text is scored once.
 
 Letters: B windows of a batch, T tokens a window, D hidden, V vocabulary.
 """
