@@ -1,7 +1,7 @@
 """A quantized block brought nearer to the dense one: floats trained on its outputs, codes fixed.
 
 Letters: n sequences, B of a step, T tokens, D hidden.
-Source: AQLM (arXiv 2401.06118) section 3.3, phase 3: codebooks, scales, norms and biases learn to
+Source: AQLM (arXiv 2401.06118) section 3, phase 3: codebooks, scales, norms and biases learn to
 give the dense block's outputs for the inputs that the quantized blocks before it give.
 """
 
