@@ -116,7 +116,8 @@ def write_halves(x_ref, power, tiles_ref) -> None:
                 for lane in range(4):
                     place = at(first, lane * LANE_K * size)
                     pair = to_f32(llvm.load(vec(2, dtype), place, alignment=2 * size))
-                    pair = to_f16(arith.mulf(pair, vector.broadcast(pair.type, power)))
+                    pair = arith.mulf(pair, vector.broadcast(pair.type, power))
+                    pair = to_dtype(pair, f16())
                     halves += [vector.extract(pair, [], [e]) for e in range(2)]
                 place = far(tiles, tile, 2 * stride, mul(i, 16))
                 llvm.store(vector.from_elements(vec(8, f16()), halves), place, alignment=16)
@@ -125,16 +126,16 @@ def write_halves(x_ref, power, tiles_ref) -> None:
 
 
 def fill(table_ref, books_ref, warpgroups: int) -> None:
-    """Repeat every codebook vector over its row of the table, as float16.
+    """Repeat every codebook vector over its row of the table, in the table's dtype.
 
-    Refs: table f16 [pairs, 2**b, 2, 64] in shared memory, books [m, 2**b, v].
+    Refs: table [pairs, 2**b, 2, 64] in shared memory, books [m, 2**b, v].
     """
     m, size, v = books_ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def fill(_, table, books):
+        kind, dtype = (ir.MemRefType(ref.type).element_type for ref in (table, books))
         table, books_pointer = mgpu_utils.memref_ptr(table), mgpu_utils.memref_ptr(books)
-        dtype = ir.MemRefType(books.type).element_type
         width = v * mgpu_utils.bitwidth(dtype) // 8
         for start in range(0, size, WARPGROUP * warpgroups):
             entry = add(thread(), start)
@@ -144,7 +145,7 @@ def fill(table_ref, books_ref, warpgroups: int) -> None:
                     vector_v = llvm.load(vec(v, dtype), place, alignment=min(16, width))
                     row = at(table, mul(entry, 2 * TABLE_ROW))
                     row = at(row, (book // 2 * size * 2 + book % 2) * TABLE_ROW)
-                    _fill_row(row, to_f16(vector_v))
+                    _fill_row(row, to_dtype(vector_v, kind))
 
     fill(table_ref, books_ref)
 
@@ -182,6 +183,7 @@ class Lane:
         scaled=True,
     ):
         self.spec, self.scaled = spec, scaled
+        self.dtype = ir.MemRefType(table.type).element_type
         v, g, length = spec.vector_length, spec.group_size, spec.vector_length * spec.codes_per_word
         lane, self.table = rem(thread(), 32), mgpu_utils.memref_ptr(table)
         first = mul(rem(lane, 4), LANE_K)  # of its weights along K
@@ -215,14 +217,19 @@ class Lane:
 
     def finish(self, s: int) -> list:
         """Registers [p][h]: entries summed over codebooks, times the column's scale."""
-        return [[self._weights(h, 4 * s + 2 * p) for h in range(2)] for p in range(2)]
+        books = self.apart(s)
+        total = [[reduce(arith.addf, [b[p][h] for b in books]) for h in range(2)] for p in range(2)]
+        return [[arith.mulf(half[h], self.scales[h]) for h in range(2)] for half in total]
 
-    def _weights(self, h: int, i: int) -> ir.Value:
-        """The neighbouring weights i and i + 1 of a column, in a register."""
+    def apart(self, s: int) -> list:
+        """Registers [codebook][p][h] of the entries themselves."""
+        books, halves = range(self.spec.num_codebooks), range(2)
+        return [[[self._pair(h, 4 * s + 2 * p, b) for h in halves] for p in halves] for b in books]
+
+    def _pair(self, h: int, i: int, book: int) -> ir.Value:
+        """A codebook's part of the neighbouring weights i and i + 1 of a column."""
         code, place = divmod(i, self.spec.vector_length)
-        books = range(self.spec.num_codebooks)
-        total = reduce(arith.addf, [self.entries[h, code, book][place // 2] for book in books])
-        return arith.mulf(total, self.scales[h]) if self.scaled else total
+        return self.entries[h, code, book][place // 2]
 
     def _entry(self, h: int, code: int, book: int) -> list:
         """A codebook vector, two weights a register."""
@@ -231,7 +238,7 @@ class Lane:
             return self._distant_entry(self.words[book][word][h], position, book)
         place = self._table_offset(self.words[book][word][h], position)
         offset = (book // 2 * self.spec.codebook_size * 2 + book % 2) * TABLE_ROW
-        load = lambda place: _load_halves(at(at(self.table, place), offset), self.bytes // 4)
+        load = lambda place: self._load(at(at(self.table, place), offset))
         if self.spec.vector_length < 16:
             return load(place)
         # The 4 copies of 32 bytes: an odd lane reads the second half first, to meet no even one.
@@ -240,14 +247,20 @@ class Lane:
         return pick(second, first) + pick(first, second)
 
     def _distant_entry(self, word, position: int, book: int) -> list:
-        """An entry of a codebook in global memory, f16 [m, 2**b, v]."""
+        """An entry of a codebook in global memory, [m, 2**b, v]."""
         b, size = self.spec.bits, 2 * self.spec.vector_length
         if self.ahead is not None:
             word = arith.shrui(word, mul(self.ahead, b))
         code = arith.andi(arith.shrui(word, c(b * position)), c(2**b - 1))
         first = at(at(self.table, mul(code, size)), book * self.spec.codebook_size * size)
         places = [at(first, i * self.bytes) for i in range(size // self.bytes)]
-        return [half for place in places for half in _load_halves(place, self.bytes // 4)]
+        return [half for place in places for half in self._load(place)]
+
+    def _load(self, place) -> list:
+        """Neighbouring weights of an entry, two a register, from one load."""
+        words = load_words(place, self.bytes // 4)
+        pair = lambda word: vector.from_elements(vec(1, i32()), [word])
+        return [vector.bitcast(vec(2, self.dtype), pair(word)) for word in words]
 
     def _table_offset(self, word, position: int) -> ir.Value:
         """256 times code `position`, counted from the lane's first, of a word, plus `low`."""
@@ -265,12 +278,6 @@ class Lane:
         right = b * position - 8
         word = arith.shrui(word, c(right)) if right > 0 else arith.shli(word, c(-right))
         return arith.ori(arith.andi(word, c((2**b - 1) << 8)), self.low)
-
-
-def _load_halves(place, count: int) -> list:
-    """Pairs of float16 in `count` registers, from one load."""
-    [*words] = load_words(place, count)
-    return [vector.bitcast(vec(2, f16()), vector.from_elements(vec(1, i32()), [w])) for w in words]
 
 
 def _load_pairs(ref: ir.Value, count: int, rows: Sequence[ir.Value], column) -> list[list]:
@@ -327,13 +334,12 @@ def to_f32(values: ir.Value) -> ir.Value:
     return values if kind.element_type == f32() else arith.extf(vec(kind.shape[0], f32()), values)
 
 
-def to_f16(values: ir.Value) -> ir.Value:
-    """A vector in float16."""
+def to_dtype(values: ir.Value, dtype: ir.Type) -> ir.Value:
+    """A vector in a dtype of 16 bits."""
     kind = ir.VectorType(values.type)
-    [length] = kind.shape
-    if kind.element_type == f16():
+    if kind.element_type == dtype:
         return values
-    return arith.truncf(vec(length, f16()), to_f32(values))
+    return arith.truncf(vec(kind.shape[0], dtype), to_f32(values))
 
 
 def thread() -> ir.Value:
