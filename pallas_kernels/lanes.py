@@ -146,6 +146,16 @@ def byte_offset(word: ir.Value, byte: int, low: ir.Value) -> ir.Value:
     )
 
 
+def row_offset(word: ir.Value, bits: int, i: int, low: ir.Value, row_bytes: int) -> ir.Value:
+    """row_bytes * (code i of a word) + low, for codes of `bits` and low < row_bytes."""
+    if (bits, row_bytes) == (8, 256):
+        return byte_offset(word, i, low)
+    left = row_bytes.bit_length() - 1 - bits * i
+    shift = arith.shli if left >= 0 else arith.shrui
+    code = arith.andi(shift(word, c(abs(left))), c((2**bits - 1) * row_bytes))
+    return arith.ori(code, low)
+
+
 def mma(
     a: Sequence[ir.Value], b: Sequence[ir.Value], total: Sequence[ir.Value], dtype: jnp.dtype
 ) -> list[ir.Value]:

@@ -7,8 +7,8 @@ of W.T, the first operand of mma.sync; rows of x as they are in memory are the s
 of all codebooks are added, and multiplied by the scale of their group, in float32: nothing else is
 rounded. At the end a block adds the sums of its parts.
 
-Where that cannot be, x is brought into float16 before: a bfloat16 x with codebooks in another dtype,
-and groups of 16 or 32, whose scales multiply weights in float16.
+Where that cannot be, x is brought into float16 before: a bfloat16 x with codebooks in another
+dtype, and groups of 16 or 32, whose scales multiply weights in float16.
 
 Letters: M rows, K input and N output features.
 

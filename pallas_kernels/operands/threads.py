@@ -37,6 +37,7 @@ from jaxcodec.pallas_kernels.lanes import (
     load_words,
     mul,
     rem,
+    row_offset,
     vec,
 )
 from jaxcodec.pallas_kernels.operands.layout import (
@@ -190,9 +191,7 @@ class Lane:
         column = mul(rem(div(thread(), 32), 4), 16) if column is None else column
         column = add(column, mul(pair_of_columns(), 2))
         word, group = c(0) if word is None else word, c(0) if group is None else group
-        # Neighbouring lanes read neighbouring copies of a vector.
-        self.low = mul(rem(lane, TABLE_ROW // self.bytes), self.bytes)
-        self.odd = arith.cmpi(arith.CmpIPredicate.ne, rem(lane, 2), c(0))
+        self.low, self.odd = own_copy(v)
         word = add(word, div(first, length))
         rows = [add(word, i) for i in range(max(1, LANE_K // length))]
         self.words = _load_pairs(codes, spec.num_codebooks, rows, column)
@@ -202,11 +201,6 @@ class Lane:
         [[scales]] = _load_pairs(scales, 1, [group], column)
         self.scales = _scale(scales) if scaled else [_number(scale) for scale in scales]
         self.entries: dict[tuple[int, int, int], list] = {}
-
-    @property
-    def bytes(self) -> int:
-        """Of an entry that one load reads."""
-        return min(16, 2 * self.spec.vector_length)
 
     def look_up(self, s: int) -> None:
         """Load the entries that begin in a step."""
@@ -237,14 +231,7 @@ class Lane:
         if self.spec.bits > TABLE_BITS:
             return self._distant_entry(self.words[book][word][h], position, book)
         place = self._table_offset(self.words[book][word][h], position)
-        offset = (book // 2 * self.spec.codebook_size * 2 + book % 2) * TABLE_ROW
-        load = lambda place: self._load(at(at(self.table, place), offset))
-        if self.spec.vector_length < 16:
-            return load(place)
-        # The 4 copies of 32 bytes: an odd lane reads the second half first, to meet no even one.
-        first, second = load(place), load(arith.xori(place, c(16)))
-        pick = lambda a, b: [arith.select(self.odd, x, y) for x, y in zip(a, b, strict=True)]
-        return pick(second, first) + pick(first, second)
+        return read_entry(self.spec, self.table, place, book, self.dtype, self.odd)
 
     def _distant_entry(self, word, position: int, book: int) -> list:
         """An entry of a codebook in global memory, [m, 2**b, v]."""
@@ -253,31 +240,52 @@ class Lane:
             word = arith.shrui(word, mul(self.ahead, b))
         code = arith.andi(arith.shrui(word, c(b * position)), c(2**b - 1))
         first = at(at(self.table, mul(code, size)), book * self.spec.codebook_size * size)
-        places = [at(first, i * self.bytes) for i in range(size // self.bytes)]
-        return [half for place in places for half in self._load(place)]
-
-    def _load(self, place) -> list:
-        """Neighbouring weights of an entry, two a register, from one load."""
-        words = load_words(place, self.bytes // 4)
-        pair = lambda word: vector.from_elements(vec(1, i32()), [word])
-        return [vector.bitcast(vec(2, self.dtype), pair(word)) for word in words]
+        most = min(8, self.spec.vector_length)  # values of a load
+        places = [at(first, begin) for begin in range(0, size, 2 * most)]
+        return [pair for place in places for pair in load_pairs(place, most, self.dtype)]
 
     def _table_offset(self, word, position: int) -> ir.Value:
         """256 times code `position`, counted from the lane's first, of a word, plus `low`."""
-        b = self.spec.bits
-        if b == 8:  # one instruction puts the code's byte above the lane's
-            selector = c(0x5504 + 16 * position)
-            if self.ahead is not None:
-                selector = arith.addi(selector, mul(self.ahead, 16))
-            ptx, constraints = "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"
-            operands = [word, self.low, selector]
-            found = llvm.inline_asm(i32(), operands, ptx, constraints, has_side_effects=False)
-            return cast(ir.Value, found)
-        if self.ahead is not None:
-            word = arith.shrui(word, mul(self.ahead, b))
-        right = b * position - 8
-        word = arith.shrui(word, c(right)) if right > 0 else arith.shli(word, c(-right))
-        return arith.ori(arith.andi(word, c((2**b - 1) << 8)), self.low)
+        b, row = self.spec.bits, 2 * TABLE_ROW
+        if self.ahead is None:
+            return row_offset(word, b, position, self.low, row)
+        if b < 8:
+            return row_offset(arith.shrui(word, mul(self.ahead, b)), b, position, self.low, row)
+        # One instruction puts the code's byte above the lane's.
+        selector = arith.addi(c(0x5504 + 16 * position), mul(self.ahead, 16))
+        ptx, operands = "prmt.b32 $0, $1, $2, $3;", [word, self.low, selector]
+        found = llvm.inline_asm(i32(), operands, ptx, "=r,r,r,r", has_side_effects=False)
+        return cast(ir.Value, found)
+
+
+def read_entry(spec: CodebookSpec, table: ir.Value, place, book: int, dtype, odd) -> list:
+    """A vector of a codebook, from a place among those of all its codes, two values a register.
+
+    Of the 4 copies of 32 bytes an odd lane reads the second half first, to meet no even one.
+    """
+    # Two codebooks share rows. What is known is added last, where a load has room for it.
+    offset = (book // 2 * spec.codebook_size * 2 + book % 2) * TABLE_ROW
+    v = spec.vector_length
+    load = lambda place: load_pairs(at(at(table, place), offset), min(v, 8), dtype)
+    if v < 16:
+        return load(place)
+    first, second = load(place), load(arith.xori(place, c(16)))
+    pick = lambda a, b: [arith.select(odd, x, y) for x, y in zip(a, b, strict=True)]
+    return pick(second, first) + pick(first, second)
+
+
+def own_copy(v: int) -> tuple[ir.Value, ir.Value]:
+    """Where in a row of the table the lane's copy of a vector begins, and whether it is odd."""
+    lane, size = rem(thread(), 32), min(16, 2 * v)
+    odd = arith.cmpi(arith.CmpIPredicate.ne, rem(lane, 2), c(0))
+    return mul(rem(lane, TABLE_ROW // size), size), odd
+
+
+def load_pairs(place, count: int, dtype: ir.Type) -> list:
+    """`count` neighbouring values of 16 bits, two a register, from one load."""
+    words = load_words(place, count // 2)
+    pair = lambda word: vector.from_elements(vec(1, i32()), [word])
+    return [vector.bitcast(vec(2, dtype), pair(word)) for word in words]
 
 
 def _load_pairs(ref: ir.Value, count: int, rows: Sequence[ir.Value], column) -> list[list]:
