@@ -29,6 +29,8 @@ from jaxcodec.spec import CodebookSpec
 SPAN_TILES = 2  # tiles of 64 along K
 SPAN = SPAN_TILES * K_TILE
 MMA_COLUMNS = 16  # rows of the first operand of an mma
+WIDTHS = (MMA_COLUMNS, 2 * MMA_COLUMNS)  # columns of a warp
+MAX_COLUMNS = 240  # with 8 more, what the TMA copies at a time is below its 256
 MIN_WARPS, MAX_WARPS = 4, 16
 ROWS = (8, 16, 32, 64)  # of a block: more would not leave registers for their sums
 MAX_ROWS = ROWS[-1]
@@ -70,6 +72,22 @@ class Tiling:
         """Weights along K in a step."""
         return self.parts * SPAN
 
+    def check(self, spec: CodebookSpec) -> None:
+        """Refuse what no block can be.
+
+        Raises:
+          ValueError: sizes that do not exist, do not fit each other, or leave no room for a stage.
+        """
+        sizes = self.rows in ROWS and self.width in WIDTHS and self.stages in STAGES
+        sizes = sizes and self.columns in range(self.width, MAX_COLUMNS + 1, self.width)
+        g = spec.group_size
+        if not (sizes and 1 <= self.parts <= self.warps <= MAX_WARPS) or (
+            self.step % g and g % self.step
+        ):
+            raise ValueError(f"{self} cannot be tiles of a {spec} weight.")
+        if not fitting(self, spec).stages:
+            raise ValueError(f"{self} needs more shared memory than a block has for {spec}.")
+
 
 def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
@@ -97,8 +115,8 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     """
     found = []
     rows = next(rows for rows in ROWS if rows >= M)
-    widths = [(columns, width) for width in (16, 32) for columns in range(width, 241, width)]
-    for (columns, width), parts in itertools.product(widths, (1, 2, 3, 4, 6, 8)):
+    sizes = [(n, width) for width in WIDTHS for n in range(width, MAX_COLUMNS + 1, width)]
+    for (columns, width), parts in itertools.product(sizes, (1, 2, 3, 4, 6, 8)):
         tiles = Tiling(rows, columns, width, parts, STAGES[0])
         aligned = tiles.step % spec.group_size == 0 or spec.group_size % tiles.step == 0
         if MIN_WARPS <= tiles.warps <= MAX_WARPS and aligned and (tiles.step <= K or parts == 1):
