@@ -55,9 +55,9 @@ def codebook_matmul(
     """Multiply x [..., K] by a codebook weight [K, N], accumulating in float32.
 
     Differentiable in x, bias, codebooks and scales, never in codes. Works under jit, vmap and grad,
-    not under jvp. Kernels are chosen for the default device. Of many rows, and where x and codebooks
-    differ in dtype, sums of codebooks are kept in float16: they should lie within 2**-14 to 2**15,
-    and scales below 255.
+    not under jvp. Kernels are chosen for the default device. With many rows, and where x and
+    codebooks differ in dtype, sums of codebooks are kept in float16: they should lie within 2**-14
+    to 2**15, and scales below 255.
 
     Args:
       x: bf16, f16 or f32 [..., K].
