@@ -5,7 +5,7 @@
     python -m benchmarks.kernels --resume         # only what the results lack
 
 Runs side by side, each with `--resume` and shapes of its own, write to the same results and take
-turns at the GPU.
+turns at the GPU. They do not tell how long compiling takes.
 
 Kernel time of everything that a call launches, by CUPTI, over distinct copies of the weight that
 together exceed the L2 cache; the median of 5 runs. The time is that of the result in x's dtype.
@@ -274,7 +274,8 @@ def main() -> None:
     items = [item for item in plan.items() if wanted(item, options)]
     items = [item for item in items if _identity(fields_of(item)) not in measured]
     benchmark = Benchmark()
-    benchmark.time_compiles([item for item in plan.compiled_alone() if item in items])
+    if not options.resume:  # others may run beside it
+        benchmark.time_compiles([item for item in plan.compiled_alone() if item in items])
     done = 0
     for row in benchmark.rows(items, start + options.seconds):
         done += 1

@@ -30,7 +30,7 @@ OFFICIAL_ROWS = (2, 8, 64, 512, 4096)  # besides 1, on some shapes
 # Where each kernel is a choice at all.
 KERNEL_ROWS = {
     "psumbook_mosaic": (1, 2, 4, 8),
-    "mma_mosaic": (1, 8, 16, 32),
+    "mma_mosaic": (1, 8, 16, 32, 64),
     "wgmma_mosaic": (32, 64, 128, 512, 4096),
     "dequantize": (64, 512, 4096),
 }

@@ -146,21 +146,14 @@ def byte_offset(word: ir.Value, byte: int, low: ir.Value) -> ir.Value:
     )
 
 
-def load_matrices(place: ir.Value) -> list[ir.Value]:
-    """Four matrices [8, 8] of 16-bit values in shared memory, a row of which lane i points to: row
-    i % 8 of matrix i // 8. Lane 4 g + q gets values 2 q and 2 q + 1 of row g of each.
-
-    Source: PTX ISA, ldmatrix.
-    """
-    result = _assembly(
-        ir.Type.parse("!llvm.struct<(i32, i32, i32, i32)>"),
-        [shared_address(place)],
-        "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0,$1,$2,$3}, [$4];",
-        # It stays behind the wait for a barrier, and other loads may pass it.
-        "=r,=r,=r,=r,r",
-        has_side_effects=True,
-    )
-    return [llvm.extractvalue(i32(), result, [e]) for e in range(4)]
+def row_offset(word: ir.Value, bits: int, i: int, low: ir.Value, row_bytes: int) -> ir.Value:
+    """row_bytes * (code i of a word) + low, for codes of `bits` and low < row_bytes."""
+    if (bits, row_bytes) == (8, 256):
+        return byte_offset(word, i, low)
+    left = row_bytes.bit_length() - 1 - bits * i
+    shift = arith.shli if left >= 0 else arith.shrui
+    code = arith.andi(shift(word, c(abs(left))), c((2**bits - 1) * row_bytes))
+    return arith.ori(code, low)
 
 
 def mma(

@@ -15,14 +15,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcodec.pallas_kernels import tuning
+from jaxcodec.pallas_kernels import dequantizer, tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
-from jaxcodec.pallas_kernels.partitioning import partitioned
-from jaxcodec.pallas_kernels.reference import dequantized, psumbook, reference
+from jaxcodec.pallas_kernels.partitioning import partitioned, partitioned_weight
+from jaxcodec.pallas_kernels.reference import dense, psumbook, reference
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import FLOAT_DTYPES, CodebookTensor
+from jaxcodec.tensor import FLOAT_DTYPES, CodebookTensor, dequantize
 
 Weights = tuple[CodebookTensor, ...]
+
+
+def dequantized(x: jax.Array, w: CodebookTensor) -> jax.Array:
+    """x [M, K] times w rounded to x's dtype, as a dense model's weight would be; f32 [M, N].
+
+    Accumulated in float32. A weight of bf16 differs from the reference's by at most 2^-9 of itself.
+    """
+    return dense(x, _dense_weight(w, x.dtype))
+
 
 PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "reference": reference,
@@ -46,8 +55,9 @@ def codebook_matmul(
     """Multiply x [..., K] by a codebook weight [K, N], accumulating in float32.
 
     Differentiable in x, bias, codebooks and scales, never in codes. Works under jit, vmap and grad,
-    not under jvp. Kernels are chosen for the default device. Those on tensor cores keep sums of
-    codebooks in float16: they should lie within 2**-14 to 2**15, and scales below 255.
+    not under jvp. Kernels are chosen for the default device. With many rows, and where x and
+    codebooks differ in dtype, sums of codebooks are kept in float16: they should lie within 2**-14
+    to 2**15, and scales below 255.
 
     Args:
       x: bf16, f16 or f32 [..., K].
@@ -222,26 +232,39 @@ def _forward(implementation, dtype, interpret, x: jax.Array, weights: Weights):
 def _backward(implementation, dtype, interpret, residuals: tuple[jax.Array, Weights], dys):
     """Every implementation means the reference's sum, so it has the reference's derivative.
 
-    Where tensor cores multiplied forwards they do backwards, by the weight in x's dtype. Only one
-    dequantized matrix exists at a time.
+    Where tensor cores multiplied forwards they do backwards, the weight and what comes back in x's
+    dtype. Only one dequantized matrix exists at a time.
     """
     x, weights = residuals
     (M, K), Ns = x.shape, [w.shape[1] for w in weights]
     name = implementation or choose(M, K, Ns, weights[0].spec, x.dtype)
-    product = reference if name in ("reference", "psumbook", "psumbook_mosaic") else dequantized
-    gradients = [_gradients(product, x, w, dy) for w, dy in zip(weights, dys, strict=True)]
+    exact = name in ("reference", "psumbook", "psumbook_mosaic")
+    kind = jnp.dtype(jnp.float32) if exact else x.dtype
+    gradients = [_gradients(x, w, dy, kind) for w, dy in zip(weights, dys, strict=True)]
     dx = functools.reduce(jnp.add, [dx for dx, _ in gradients])
     return dx.astype(x.dtype), tuple(dw for _, dw in gradients)
 
 
-def _gradients(product, x: jax.Array, w: CodebookTensor, dy: jax.Array):
-    def multiplied(x: jax.Array, codebooks: jax.Array, scales: jax.Array) -> jax.Array:
-        return product(x, CodebookTensor(w.codes, codebooks, scales)).astype(dy.dtype)
+def _gradients(x: jax.Array, w: CodebookTensor, dy: jax.Array, dtype: jnp.dtype):
+    """f32 dx [M, K], and those of codebooks and scales, from products of operands in `dtype`."""
+    x, dy = x.astype(dtype), dy.astype(dtype)
+    dx, dweight = dense(dy, _dense_weight(w, dtype).T), dense(x.T, dy)
 
-    _, pull_back = jax.vjp(multiplied, x, w.codebooks, w.scales)
-    dx, dcodebooks, dscales = pull_back(dy)
+    def weight(codebooks: jax.Array, scales: jax.Array) -> jax.Array:
+        return dequantize(CodebookTensor(w.codes, codebooks, scales), jnp.float32)
+
+    _, pull_back = jax.vjp(weight, w.codebooks, w.scales)
     no_gradient = cast(jax.Array, np.zeros(w.codes.shape, jax.dtypes.float0))
-    return dx.astype(jnp.float32), CodebookTensor(no_gradient, dcodebooks, dscales)
+    return dx, CodebookTensor(no_gradient, *pull_back(dweight))
+
+
+def _dense_weight(w: CodebookTensor, dtype: jnp.dtype) -> jax.Array:
+    """The weight [K, N] in `dtype`, from the kernel for it where that can run."""
+    on_hopper = _compute_capability(_default_device()) == HOPPER
+    if not on_hopper or dequantizer.refusal(w.spec, w.codebooks.dtype, dtype):
+        return dequantize(w, dtype)
+    write = partitioned_weight(functools.partial(dequantizer.dequantize, dtype=dtype))
+    return jax.custom_batching.sequential_vmap(write)(w)
 
 
 _matmuls.defvjp(_forward, _backward)

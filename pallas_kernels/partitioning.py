@@ -7,6 +7,7 @@ devices' float32 sums are added before the result is rounded.
 Letters: M rows, K input and N output features, m codebooks, v weights a code, g weights a scale.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,26 +42,84 @@ def partitioned(multiply: Multiply, dtype: jnp.dtype) -> Callable[..., list[jax.
     return call
 
 
-def _sharding_rule(mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]):
-    """The einsum of the call: x, then codes, codebooks and scales of each weight.
+def partitioned_weight(
+    dequantize: Callable[[CodebookTensor], jax.Array],
+) -> Callable[[CodebookTensor], jax.Array]:
+    """`dequantize` of a weight to [K, N], as a function that XLA's partitioner can split."""
+
+    @custom_partitioning
+    def call(w: CodebookTensor) -> jax.Array:
+        return dequantize(w)
+
+    def rule(mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]):
+        del mesh
+        (_, words, _), (groups, _) = operands[0].shape, operands[2].shape
+        axes = _Axes.of(results[0].shape[0], words, groups)
+        text = f"m {axes.codes} n, m c v, {axes.scales} n -> {axes.x} n"
+        whole = sorted((*axes.whole, "m", "c", "v"), key=text.index)  # in the order of the text
+        return text, {"need_replication_factors": tuple(whole), **axes.sizes}
+
+    def partition(mesh: Mesh, operands, result):
+        [w] = operands
+        k, whole = _cut(mesh, w), w.scales.shape[0] == 1
+        n = _without(result.sharding.spec[1], k)
+        place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
+        inputs = [place(None, k, n), place(), place(None if whole else k, n)]
+        inputs = jax.tree.unflatten(jax.tree.structure(operands), inputs)
+        return mesh, dequantize, place(k, n), inputs
+
+    call.def_partition(partition=partition, sharding_rule=rule)
+    return call
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """How an einsum names the K of its operands.
 
     K is cut at the outermost of its factors, whole groups and whole words of packed codes, which
     the axes of x, codes and scales all begin with.
+
+    Attributes:
+      x, codes, scales: the axis of each that runs along K, with its factors.
+      whole: factors that are never cut.
+      reduction: the others, over which a product sums.
+      sizes: of factors that are no axis by themselves.
     """
+
+    x: str
+    codes: str
+    scales: str
+    whole: tuple[str, ...]
+    reduction: tuple[str, ...]
+    sizes: dict[str, int]
+
+    @classmethod
+    def of(cls, K: int, words: int, groups: int) -> "_Axes":
+        """For K inputs in so many packed words and groups."""
+        if max(words, groups) % min(words, groups):  # no cut but at both
+            return cls("k", "w", "g", ("k", "w", "g"), (), {})
+        outer, inner = min(words, groups), max(words, groups)
+        sizes = {"o": outer, "i": inner // outer, "f": K // inner}
+        coarse, fine, x = (_axis(sizes, names) for names in ("o", "oi", "oif"))
+        codes, scales = (coarse, fine) if words < groups else (fine, coarse)
+        # Only factors that are no axis by themselves may have their sizes given.
+        inside = {name: n for name, n in sizes.items() if n > 1 and name not in (x, codes, scales)}
+        reduction = tuple(name for name in "oi" if sizes[name] > 1)
+        return cls(x, codes, scales, ("f",), reduction, inside)
+
+
+def _sharding_rule(mesh: Mesh, operands: Sequence[Any], results: Sequence[Any]):
+    """The einsum of the call: x, then codes, codebooks and scales of each weight."""
     del mesh
     (_, K), words, groups = operands[0].shape, operands[1].shape[1], operands[3].shape[0]
-    if max(words, groups) % min(words, groups):  # no cut but at both
-        return _einsum(len(results), "k", "w", "g", reduction=(), whole=("k", "w", "g"))
-    outer, inner = min(words, groups), max(words, groups)
-    sizes = {"o": outer, "i": inner // outer, "f": K // inner}
-    coarse, fine, all_of_k = (_axis(sizes, names) for names in ("o", "oi", "oif"))
-    codes_k, scales_k = (coarse, fine) if words < groups else (fine, coarse)
-    # Only factors that are no axis by themselves may have their sizes given.
-    axes = (all_of_k, codes_k, scales_k)
-    inside = {name: n for name, n in sizes.items() if n > 1 and name not in axes}
-    reduction = tuple(name for name in "oi" if sizes[name] > 1)
-    rule, factors = _einsum(len(results), *axes, reduction=reduction, whole=("f",))
-    return rule, {**factors, **inside}
+    axes = _Axes.of(K, words, groups)
+    inputs, outputs, whole = [f"r {axes.x}"], [], axes.whole
+    for i in range(len(results)):
+        inputs += [f"m{i} {axes.codes} n{i}", f"m{i} c{i} v{i}", f"{axes.scales} n{i}"]
+        outputs.append(f"r n{i}")
+        whole = (*whole, *(f"{letter}{i}" for letter in "mcv"))
+    factors = {"reduction_factors": axes.reduction, "need_replication_factors": whole}
+    return f"{', '.join(inputs)} -> {', '.join(outputs)}", {**factors, **axes.sizes}
 
 
 def _axis(sizes: dict[str, int], names: str) -> str:
@@ -69,26 +128,13 @@ def _axis(sizes: dict[str, int], names: str) -> str:
     return names if len(names) == 1 else f"({' '.join(names)})" if names else "u"
 
 
-def _einsum(weights: int, x_k: str, codes_k: str, scales_k: str, reduction, whole):
-    inputs, outputs = [f"r {x_k}"], []
-    for i in range(weights):
-        inputs += [f"m{i} {codes_k} n{i}", f"m{i} c{i} v{i}", f"{scales_k} n{i}"]
-        outputs.append(f"r n{i}")
-    whole = (*whole, *(f"{letter}{i}" for i in range(weights) for letter in "mcv"))
-    factors = {"reduction_factors": reduction, "need_replication_factors": whole}
-    return f"{', '.join(inputs)} -> {', '.join(outputs)}", factors
-
-
 def _partition(multiply: Multiply, dtype: jnp.dtype, mesh: Mesh, operands, results):
     """Shardings that agree with each other, and the local call between them.
 
     Each mesh axis cuts one dimension: K before rows, and rows before N.
     """
     x, weights = operands
-    k = weights[0].codes.sharding.spec[1]
-    K, spec = x.shape[1], CodebookSpec(*_format(weights[0]))
-    if k is not None and not _divides(K, _devices(mesh, k), spec):
-        k = None
+    k = _cut(mesh, weights[0])
     row = _without(x.sharding.spec[0], k)
     whole = weights[0].scales.shape[0] == 1  # one scale for all of K is everybody's
     place = lambda *names: NamedSharding(mesh, PartitionSpec(*names))
@@ -106,6 +152,14 @@ def _partition(multiply: Multiply, dtype: jnp.dtype, mesh: Mesh, operands, resul
 
     structure = jax.tree.structure(operands)
     return mesh, local, outputs, jax.tree.unflatten(structure, inputs)
+
+
+def _cut(mesh: Mesh, w: Any) -> Axes:
+    """The mesh axes that cut the K of a weight; None where a device would get half a word."""
+    k = w.codes.sharding.spec[1]
+    m, v, g, b = _format(w)
+    K = w.codes.shape[1] * (32 // b) * v
+    return k if k is None or _divides(K, _devices(mesh, k), CodebookSpec(m, v, g, b)) else None
 
 
 def _format(w: Any) -> tuple[int, int, int, int]:

@@ -123,8 +123,8 @@ def file_name(device_kind: str) -> str:
 def read(path: Path) -> list[Entry]:
     """Entries of a file that `write` wrote.
 
-    Entries of kernels or tiles that this version does not have are left out, and a warning tells
-    how many: a table that an older version wrote serves for the rest.
+    Entries of kernels, formats or tiles that this version cannot run are left out, and a warning
+    tells how many: a table that an older version wrote serves for the rest.
 
     Raises:
       ValueError: the file is not such a table, with the reason.
@@ -142,8 +142,8 @@ def read(path: Path) -> list[Entry]:
     known = [entry for entry in entries if _is_known(entry)]
     if left_out := len(entries) - len(known):
         warnings.warn(
-            f"{path}: {left_out} of {len(entries)} entries are left out, because this version has "
-            "no such kernels or tiles; python -m jaxcodec.pallas_kernels.tune measures anew.",
+            f"{path}: {left_out} of {len(entries)} entries are left out, because this version "
+            "cannot run them; python -m jaxcodec.pallas_kernels.tune measures anew.",
             stacklevel=2,
         )
     return known
@@ -181,12 +181,12 @@ def _is_positive(value: Any) -> bool:
 
 
 def _is_known(entry: Entry) -> bool:
-    """Whether this version has the kernel, with tiles of these fields."""
+    """Whether this version has the kernel, and it can run a format with these tiles."""
     if entry.kernel not in KERNELS:
         return False
     try:
-        KERNELS[entry.kernel].Tiling(**entry.tiles)
-    except TypeError:  # a field too many or too few
+        KERNELS[entry.kernel].Tiling(**entry.tiles).check(CodebookSpec.parse(entry.spec))
+    except (TypeError, ValueError):  # a field too many or too few, a size that cannot be
         return False
     return True
 

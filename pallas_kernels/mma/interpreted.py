@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcodec.pallas_kernels.mma.plan import SPAN_TILES, Plan
-from jaxcodec.pallas_kernels.operands.interpreted import weights
+from jaxcodec.pallas_kernels.operands.interpreted import in_fragment_order, weights
 from jaxcodec.pallas_kernels.operands.layout import K_TILE, SCALE_EXPONENT
 
 
@@ -48,7 +48,8 @@ def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
             scales_gn = scales[pl.ds(group, groups), across].astype(jnp.float32)
             on_weights = None if plan.scales_sums else scales_gn
             fragment = weights(plan.spec, table, codes_mjn, on_weights).astype(jnp.float32)
-            x_rk = x_ref[part * SPAN_TILES + tile].astype(jnp.float32)
+            first = (part * SPAN_TILES + tile) * K_TILE
+            x_rk = in_fragment_order(x_ref[:, pl.ds(first, K_TILE)].astype(jnp.float32))
             found = jnp.dot(fragment, x_rk.T, precision=jax.lax.Precision.HIGHEST)
             more += found * scales_gn[0][:, None] if plan.scales_sums else found
         sums.append(jnp.where(busy, more, own))
@@ -72,8 +73,9 @@ def write(plan: Plan, sums_ref, factors_ref, out_ref, column) -> None:
 
     @pl.when(jax.lax.axis_index("warpgroup") == 0)
     def _():
-        factors = factors_ref[...] * (1.0 if plan.scales_sums else 2.0**-SCALE_EXPONENT)
-        y_rn = sums_ref[...].sum(axis=0)[:M] * factors[:, None]
+        y_rn = sums_ref[...].sum(axis=0)[:M] * (1.0 if plan.scales_sums else 2.0**-SCALE_EXPONENT)
+        if factors_ref is not None:
+            y_rn *= factors_ref[...][:, None]
         width = min(columns, N % columns or columns)
 
         @pl.when(column + columns <= N)

@@ -2,9 +2,13 @@
 
 A block owns some output features and walks K in steps; one warpgroup only copies x, packed words
 and scales through the TMA into rings in shared memory. Each other warp owns 16 or 32 output
-features and a part of every step: it looks codes up, adds the codebooks' entries in float16, and
-has a fragment of W.T, the first operand of mma.sync; rows of x are the second. Scales multiply the
-float32 sums over a group. At the end a block adds the sums of its parts.
+features and a part of every step: it looks codes up, and the entries of a codebook are a fragment
+of W.T, the first operand of mma.sync; rows of x as they are in memory are the second. The products
+of all codebooks are added, and multiplied by the scale of their group, in float32: nothing else is
+rounded. At the end a block adds the sums of its parts.
+
+Where that cannot be, x is brought into float16 before: a bfloat16 x with codebooks in another
+dtype, and groups of 16 or 32, whose scales multiply weights in float16.
 
 Letters: M rows, K input and N output features.
 
@@ -23,7 +27,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcodec.pallas_kernels.mma import interpreted, threads
 from jaxcodec.pallas_kernels.mma.plan import (
-    SPAN_TILES,
     Plan,
     Tiling,
     code_columns,
@@ -43,8 +46,7 @@ from jaxcodec.pallas_kernels.operands.layout import (
     scale_rows,
     table_shape,
 )
-from jaxcodec.pallas_kernels.operands.preparation import half_tiles, padded
-from jaxcodec.pallas_kernels.operands.threads import SWIZZLED
+from jaxcodec.pallas_kernels.operands.preparation import halves, padded
 from jaxcodec.tensor import CodebookTensor
 
 
@@ -58,12 +60,13 @@ def matmul(
 ) -> list[jax.Array]:
     """Multiply x [M, K] by each weight [K, N_i] in one launch: [M, N_i] in `out_dtype`.
 
-    Weights are rounded to float16 and summed in float32.
+    Codebooks in x's dtype are multiplied as they are and summed in float32; others, and where g is
+    16 or 32 the weights, are rounded to float16.
 
     Args:
-      x: bf16 or f16 [M, K], at most 32 rows.
-      weights: share K, spec and dtype, each with its own codebooks and N; sums of codebooks within
-        2**-14 to 2**15, as float16 holds them (and scales below 255 where g is 16 or 32).
+      x: bf16 or f16 [M, K], at most 64 rows.
+      weights: share K, spec and dtype, each with its own codebooks and N; what is rounded to
+        float16 within 2**-14 to 2**15, as that holds it, and scales below 255.
       tiles: None lets `tiling` choose.
       interpret: run the kernel's structure on a CPU, with JAX looking for races.
       out_dtype: f32 results are not rounded.
@@ -78,31 +81,40 @@ def matmul(
     wide = [padded(w) for w in weights]
     tiles = tiles or tiling(M, K, sum(w.shape[1] for w in wide), spec)
     with jax.named_scope("mma_matmul"):
-        halves, factors = half_tiles(x, interpret)
-        results = _kernel(halves, factors, wide, tiles, interpret, out_dtype)
+        factors = None
+        if not _is_native(x, weights[0]):
+            x, factors = halves(x)
+        if K % K_TILE:  # of which the copies take whole ones
+            x = jnp.pad(x, ((0, 0), (0, -K % K_TILE)))
+        results = _kernel(x, factors, wide, tiles, interpret, out_dtype)
         return [y[:, : w.shape[1]] for y, w in zip(results, weights, strict=True)]
+
+
+def _is_native(x: jax.Array, w: CodebookTensor) -> bool:
+    """Whether the tensor cores take x as it is: float16, or bfloat16 with exact weights."""
+    exact = w.codebooks.dtype == x.dtype and w.spec.group_size % K_TILE == 0
+    return x.dtype == jnp.float16 or exact
 
 
 def _kernel(
     x: jax.Array,
-    factors: jax.Array,
+    factors: jax.Array | None,
     weights: Sequence[CodebookTensor],
     tiles: Tiling,
     interpret: bool,
     out_dtype: Any,
 ) -> list[jax.Array]:
-    """Products [M, N_i] of what `half_tiles` gives for x."""
+    """Products [M, N_i] of x in a dtype of tensor cores, its rows times any factors."""
     spec, scales_dtype = weights[0].spec, weights[0].scales.dtype
-    M, K = x.shape[1], weights[0].shape[0]
+    M, K = x.shape[0], weights[0].shape[0]
     found = fitting(tiles, spec, scales_dtype.itemsize)
     if not found.stages:
         raise ValueError(f"{tiles} needs more shared memory than a block has for {spec}.")
     tiles = found
     plan = Plan.of(K, [w.shape[1] for w in weights], tiles, spec)
     words, groups = plan.words * tiles.parts, scale_rows(spec, tiles.step)
-    x_tiles = SPAN_TILES * tiles.parts
     scratch = dict(
-        x=plgpu.SMEM((tiles.stages, x_tiles, tiles.rows, K_TILE), jnp.float16, transforms=SWIZZLED),
+        x=plgpu.SMEM((tiles.stages, tiles.rows, tiles.step), x.dtype, transforms=plan.x_transforms),
         codes=plgpu.SMEM(
             (tiles.stages, spec.num_codebooks, words, code_columns(tiles, spec)), jnp.uint32
         ),
@@ -114,7 +126,7 @@ def _kernel(
     )
 
     if spec.bits <= TABLE_BITS:
-        scratch["table"] = plgpu.SMEM(table_shape(spec), jnp.float16)
+        scratch["table"] = plgpu.SMEM(table_shape(spec), x.dtype)
 
     def mma_matmul(x_ref, factors_ref, weight_refs, *out_refs, **scratch_refs):
         warpgroup, block = jax.lax.axis_index("warpgroup"), jax.lax.axis_index("block")
@@ -138,8 +150,8 @@ def _kernel(
         interpret=interpreter(interpret),
     )
     # Those that stay in global memory are read as they are multiplied.
-    halves = lambda books: books.astype(jnp.float16) if spec.bits > TABLE_BITS else books
-    return kernel(x, factors, [(w.codes, halves(w.codebooks), w.scales) for w in weights])
+    books = lambda w: w.codebooks.astype(x.dtype) if spec.bits > TABLE_BITS else w.codebooks
+    return kernel(x, factors, [(w.codes, books(w), w.scales) for w in weights])
 
 
 class _Tile:
@@ -164,7 +176,7 @@ class _Tile:
         """Fill the rings with all that the block will read."""
         plan, scratch, tiles = self.plan, self.scratch, self.plan.tiles
         rows = pl.ds(0, tiles.rows)
-        x_tiles, words, groups = scratch.x.shape[1], scratch.codes.shape[2], scratch.scales.shape[1]
+        words, groups = scratch.codes.shape[2], scratch.scales.shape[1]
         plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
         @pl.loop(0, plan.steps)
@@ -177,7 +189,7 @@ class _Tile:
             copy(self.codes.at[:, pl.ds(step * words, words), across], scratch.codes.at[at])
             scales = pl.ds(column, scale_columns(tiles))
             copy(self.scales.at[pl.ds(group, groups), scales], scratch.scales.at[at])
-            copy(self.x.at[pl.ds(step * x_tiles, x_tiles), rows], scratch.x.at[at])
+            copy(self.x.at[rows, pl.ds(step * tiles.step, tiles.step)], scratch.x.at[at])
 
         for at in range(tiles.stages):  # nobody may leave before what it has copied is read
             plgpu.barrier_wait(scratch.empty.at[at])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxcodec.pallas_kernels.operands import layout
 from jaxcodec.pallas_kernels.operands.layout import (
@@ -28,8 +29,11 @@ from jaxcodec.spec import CodebookSpec
 SPAN_TILES = 2  # tiles of 64 along K
 SPAN = SPAN_TILES * K_TILE
 MMA_COLUMNS = 16  # rows of the first operand of an mma
-MIN_WARPS, MAX_WARPS = 6, 16
-MAX_ROWS = 32  # above which wgmma is faster with any number of codebooks
+WIDTHS = (MMA_COLUMNS, 2 * MMA_COLUMNS)  # columns of a warp
+MAX_COLUMNS = 240  # with 8 more, what the TMA copies at a time is below its 256
+MIN_WARPS, MAX_WARPS = 4, 16
+ROWS = (8, 16, 32, 64)  # of a block: more would not leave registers for their sums
+MAX_ROWS = ROWS[-1]
 STAGES = (8, 4, 2)  # powers of two, by which a remainder is a mask
 CANDIDATES = 6
 MOST_SCALE_BYTES = 4  # candidates serve weights of every dtype
@@ -40,7 +44,7 @@ class Tiling:
     """How one call is cut into blocks.
 
     Attributes:
-      rows: rows of x in a block (8, 16 or 32), all of them.
+      rows: rows of x in a block (8, 16, 32 or 64), all of them.
       columns: of a block.
       width: columns of a warp, 16 or 32: more read x fewer times.
       parts: warps that share columns and take turns along K; their sums are added in the block.
@@ -68,11 +72,27 @@ class Tiling:
         """Weights along K in a step."""
         return self.parts * SPAN
 
+    def check(self, spec: CodebookSpec) -> None:
+        """Refuse what no block can be.
+
+        Raises:
+          ValueError: sizes that do not exist, do not fit each other, or leave no room for a stage.
+        """
+        sizes = self.rows in ROWS and self.width in WIDTHS and self.stages in STAGES
+        sizes = sizes and self.columns in range(self.width, MAX_COLUMNS + 1, self.width)
+        g = spec.group_size
+        if not (sizes and 1 <= self.parts <= self.warps <= MAX_WARPS) or (
+            self.step % g and g % self.step
+        ):
+            raise ValueError(f"{self} cannot be tiles of a {spec} weight.")
+        if not fitting(self, spec).stages:
+            raise ValueError(f"{self} needs more shared memory than a block has for {spec}.")
+
 
 def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N]; None if it can.
 
-    It runs what the wgmma kernel does, and codebooks of 2**16 vectors, up to 32 rows, where g is
+    It runs what the wgmma kernel does, and codebooks of 2**16 vectors, up to 64 rows, where g is
     16, 32, 64 or a multiple of 128.
     """
     g = spec.group_size
@@ -94,9 +114,9 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
     N is the sum over weights that share a launch.
     """
     found = []
-    rows = next(rows for rows in (8, 16, MAX_ROWS) if rows >= M)
-    widths = [(columns, width) for width in (16, 32) for columns in range(width, 241, width)]
-    for (columns, width), parts in itertools.product(widths, (1, 2, 3, 4, 6, 8)):
+    rows = next(rows for rows in ROWS if rows >= M)
+    sizes = [(n, width) for width in WIDTHS for n in range(width, MAX_COLUMNS + 1, width)]
+    for (columns, width), parts in itertools.product(sizes, (1, 2, 3, 4, 6, 8)):
         tiles = Tiling(rows, columns, width, parts, STAGES[0])
         aligned = tiles.step % spec.group_size == 0 or spec.group_size % tiles.step == 0
         if MIN_WARPS <= tiles.warps <= MAX_WARPS and aligned and (tiles.step <= K or parts == 1):
@@ -181,6 +201,11 @@ class Plan:
     def scales_sums(self) -> bool:
         """Whether scales multiply sums of tiles; else weights, whose column has several groups."""
         return self.spec.group_size % K_TILE == 0
+
+    @property
+    def x_transforms(self) -> tuple:
+        """How rows of x lie in shared memory: 64 inputs of all rows together, swizzled."""
+        return plgpu.TilingTransform((self.tiles.rows, K_TILE)), plgpu.SwizzleTransform(128)
 
     @property
     def words(self) -> int:

@@ -25,7 +25,7 @@ from jaxcodec.pallas_kernels.lanes import (
     c,
     div,
     f32,
-    load_matrices,
+    load_words,
     mma,
     mul,
     rem,
@@ -39,7 +39,6 @@ from jaxcodec.pallas_kernels.operands.threads import (
     SCALAR,
     STEPS,
     SUMS,
-    SWIZZLED,
     Lane,
     as_i32,
     thread,
@@ -79,12 +78,12 @@ def commit_reads() -> None:
 def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
     """Sums of a warpgroup plus those of one step.
 
-    Refs in shared memory: x f16 [tiles, rows, 64], swizzled; the table; codes u32 [m, words,
-    columns]; scales [groups, columns].
+    Refs in shared memory: x [rows, step], of which 64 inputs of all rows lie together, swizzled;
+    the table; codes u32 [m, words, columns]; scales [groups, columns].
     """
 
     @plgpu.inline_mgpu(
-        arg_types=(SUMS, plgpu.RefType(SWIZZLED), *(plgpu.RefType(),) * 3),
+        arg_types=(SUMS, plgpu.RefType(plan.x_transforms), *(plgpu.RefType(),) * 3),
         return_type=_sums(plan),
     )
     def accumulate(_, total, x, table, codes, scales):
@@ -107,8 +106,13 @@ def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
 
 
 def _accumulate(plan: Plan, sums: list, x, table, codes, scales, part, column) -> list:
-    """The sums of a lane plus those of its warp's span."""
+    """The sums of a lane plus those of its warp's span.
+
+    Where scales multiply sums, each codebook's entries are an operand of their own: nothing is
+    rounded, and no product waits for that of another codebook.
+    """
     rows, spec = plan.tiles.rows, plan.spec
+    dtype = jnp.dtype(jnp.bfloat16 if _is_bfloat16(x) else jnp.float16)
     for tile in range(SPAN_TILES):
         first = add(mul(part, SPAN_TILES), tile)
         rights = [_rows_of_x(x, rows, first, eight) for eight in range(rows // 8)]
@@ -119,18 +123,31 @@ def _accumulate(plan: Plan, sums: list, x, table, codes, scales, part, column) -
             lane = Lane(spec, table, codes, scales, *place, scaled=not plan.scales_sums)
             for s in range(STEPS):
                 lane.look_up(s)
-            left = [[as_i32(w) for half in lane.finish(s) for w in half] for s in range(STEPS)]
-            for eight, right in enumerate(rights):
-                at = 4 * (i * rows // 8 + eight)
-                own = sums[at : at + 4]
-                found = [mgpu_utils.c(0.0, f32())] * 4 if plan.scales_sums else own
-                for s in range(STEPS):
-                    found = mma(left[s], right[2 * s : 2 * s + 2], found, jnp.dtype(jnp.float16))
-                if plan.scales_sums:
-                    of_sums = [scale for scale in lane.scales for _ in range(2)]
-                    found = [_fma(*each) for each in zip(found, of_sums, own, strict=True)]
-                sums = [*sums[:at], *found, *sums[at + 4 :]]
+            of_sums = [scale for scale in lane.scales for _ in range(2)]
+            for left in _lefts(plan, lane):
+                for eight, right in enumerate(rights):
+                    at = 4 * (i * rows // 8 + eight)
+                    own = sums[at : at + 4]
+                    found = [mgpu_utils.c(0.0, f32())] * 4 if plan.scales_sums else own
+                    for s in range(STEPS):
+                        found = mma(left[s], right[2 * s : 2 * s + 2], found, dtype)
+                    if plan.scales_sums:
+                        found = [_fma(*each) for each in zip(found, of_sums, own, strict=True)]
+                    sums = [*sums[:at], *found, *sums[at + 4 :]]
     return sums
+
+
+def _lefts(plan: Plan, lane: Lane) -> list[list]:
+    """First operands [step] of a tile: one for each codebook, or their scaled sum."""
+    flat = lambda registers: [as_i32(w) for half in registers for w in half]
+    if not plan.scales_sums:
+        return [[flat(lane.finish(s)) for s in range(STEPS)]]
+    books = zip(*(lane.apart(s) for s in range(STEPS)), strict=True)
+    return [[flat(registers) for registers in steps] for steps in books]
+
+
+def _is_bfloat16(ref: ir.Value) -> bool:
+    return isinstance(ir.MemRefType(ref.type).element_type, ir.BF16Type)
 
 
 def _fma(a, b, total) -> ir.Value:
@@ -139,14 +156,18 @@ def _fma(a, b, total) -> ir.Value:
 
 
 def _rows_of_x(x, rows: int, tile, eight: int) -> list[ir.Value]:
-    """Eight rows of a tile of x as second operands of 4 steps, two registers each."""
+    """Eight rows of a tile of x as second operands of 4 steps, two registers each.
+
+    Lane 4 g + q reads the 16 inputs of row g that its weights have: two pieces of 16 bytes.
+    """
     lane = rem(thread(), 32)
-    row, found = rem(lane, 8), []
-    first = at(mgpu_utils.memref_ptr(x), mul(add(mul(tile, rows), 8 * eight), 128))
-    for half in range(0, STEPS, 2):
-        # The swizzle: 16-byte pieces of a row change places by the row's number.
-        piece = arith.xori(add(div(lane, 8), 2 * half), row)
-        found += load_matrices(at(first, add(mul(row, 128), mul(piece, 16))))
+    row, found = div(lane, 4), []
+    first = add(mul(add(mul(tile, rows), 8 * eight), 128), mul(row, 128))
+    first = at(mgpu_utils.memref_ptr(x), first)
+    for half in range(2):
+        # The swizzle: pieces of a row change places by the row's number.
+        piece = arith.xori(add(mul(rem(lane, 4), 2), half), row)
+        found += load_words(at(first, mul(piece, 16)), 4)
     return found
 
 
@@ -173,15 +194,17 @@ def store_sums(plan: Plan, total, sums_ref) -> None:
 
 
 def write(plan: Plan, sums_ref, factors_ref, out_ref, column) -> None:
-    """Add the parts' sums, times the rows' factors, into out [M, N] from a column on."""
+    """Add the parts' sums, times the rows' factors if any, into out [M, N] from a column on."""
     (M, N), tiles = out_ref.shape, plan.tiles
 
-    @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, SCALAR))
-    def write(_, sums, factors, out, column):
+    refs = [ref for ref in (sums_ref, out_ref, factors_ref) if ref is not None]
+
+    @plgpu.inline_mgpu(arg_types=(SCALAR, *(plgpu.RefType(),) * len(refs)))
+    def write(_, column, sums, out, *factors):
         dtype, column = ir.MemRefType(out.type).element_type, column.registers.item()
         size = mgpu_utils.bitwidth(dtype) // 8
         pairs = tiles.columns // 2
-        sums, factors, out = map(mgpu_utils.memref_ptr, (sums, factors, out))
+        sums, out, *factors = map(mgpu_utils.memref_ptr, (sums, out, *factors))
         for start in range(0, M * pairs, 128 * tiles.warpgroups):
             i = add(thread(), start)
             row, pair = arith.divui(i, c(pairs)), arith.remui(i, c(pairs))
@@ -194,13 +217,15 @@ def write(plan: Plan, sums_ref, factors_ref, out_ref, column) -> None:
                     offset = part * tiles.rows * tiles.columns * 4
                     found = llvm.load(vec(2, f32()), at(place, offset), alignment=8)
                     total = found if total is None else arith.addf(total, found)
-                factor = llvm.load(f32(), at(factors, mul(row, 4)))
+                total = cast(ir.Value, total)
+                powers: list = [llvm.load(f32(), at(each, mul(row, 4))) for each in factors]
                 if not plan.scales_sums:
-                    factor = arith.mulf(factor, mgpu_utils.c(2.0**-SCALE_EXPONENT, f32()))
-                total = arith.mulf(cast(ir.Value, total), vector.broadcast(vec(2, f32()), factor))
+                    powers.append(mgpu_utils.c(2.0**-SCALE_EXPONENT, f32()))
+                for power in powers:
+                    total = arith.mulf(total, vector.broadcast(vec(2, f32()), power))
                 if dtype != f32():
                     total = arith.truncf(vec(2, dtype), total)
                 place = at(out, mul(add(mul(row, N), target), size))
                 llvm.store(total, place, alignment=2 * size)
 
-    write(sums_ref, factors_ref, out_ref, column)
+    write(column, *refs)

@@ -43,7 +43,7 @@ def write_halves(x_ref, power, tiles_ref) -> None:
 
 
 def fill(table_ref, books_ref, warpgroups: int) -> None:
-    """Repeat every codebook vector over its row of the table, as float16."""
+    """Repeat every codebook vector over its row of the table, in the table's dtype."""
     m, size, v = books_ref.shape
     warpgroup = jax.lax.axis_index("warpgroup")
     for block in range(0, size, WARPGROUP * warpgroups):
@@ -53,15 +53,15 @@ def fill(table_ref, books_ref, warpgroups: int) -> None:
         def _(start=start):
             own = pl.ds(start, min(WARPGROUP, size))
             for c in range(m):
-                vectors = books_ref[c, own, :].astype(jnp.float16)
+                vectors = books_ref[c, own, :].astype(table_ref.dtype)
                 table_ref[c // 2, own, c % 2, :] = jnp.tile(vectors, (1, TABLE_ROW // 2 // v))
 
 
 def weights(spec: CodebookSpec, table, codes_mjn, scales_gn) -> jax.Array:
-    """W.T of some columns, f16 [N, 64] in the order of a fragment.
+    """W.T of some columns, [N, 64] in the order of a fragment: f16, or f32 without scales.
 
     Args:
-      table: f16 of `layout.table_shape`, or codebooks [m, 2**b, v] of more than 8 bits.
+      table: of `layout.table_shape`, or codebooks [m, 2**b, v] of more than 8 bits.
       codes_mjn: u32 [m, words, N].
       scales_gn: f32 [groups, N]; None leaves them to the sums.
     """
@@ -71,6 +71,8 @@ def weights(spec: CodebookSpec, table, codes_mjn, scales_gn) -> jax.Array:
         table = table.reshape(-1, spec.codebook_size, spec.vector_length)
     books = list(table[: spec.num_codebooks])
     found = [jnp.take(book, codes.T, axis=0) for book, codes in zip(books, codes_mjn, strict=True)]
+    if scales_gn is None:  # each codebook is multiplied by itself
+        found = [vectors.astype(jnp.float32) for vectors in found]
     total_njv = found[0]
     for vectors in found[1:]:
         total_njv += vectors

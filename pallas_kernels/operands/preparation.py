@@ -29,6 +29,13 @@ def padded(w: CodebookTensor) -> CodebookTensor:
     return CodebookTensor(codes, w.codebooks, jnp.pad(w.scales, ((0, 0), (0, missing))))
 
 
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [M, K] in float16, each row over a power of two that suits it, and f32 [M], the powers."""
+    values = x.astype(jnp.float32)
+    up, down = _powers(jnp.max(jnp.abs(values), axis=1))
+    return (values * up[:, None]).astype(jnp.float16), down
+
+
 def half_tiles(x: jax.Array, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """x [M, K] as tensor cores read it, each row over a power of two that suits float16.
 

@@ -37,6 +37,7 @@ from jaxcodec.pallas_kernels.lanes import (
     load_words,
     mul,
     rem,
+    row_offset,
     vec,
 )
 from jaxcodec.pallas_kernels.operands.layout import (
@@ -116,7 +117,8 @@ def write_halves(x_ref, power, tiles_ref) -> None:
                 for lane in range(4):
                     place = at(first, lane * LANE_K * size)
                     pair = to_f32(llvm.load(vec(2, dtype), place, alignment=2 * size))
-                    pair = to_f16(arith.mulf(pair, vector.broadcast(pair.type, power)))
+                    pair = arith.mulf(pair, vector.broadcast(pair.type, power))
+                    pair = to_dtype(pair, f16())
                     halves += [vector.extract(pair, [], [e]) for e in range(2)]
                 place = far(tiles, tile, 2 * stride, mul(i, 16))
                 llvm.store(vector.from_elements(vec(8, f16()), halves), place, alignment=16)
@@ -125,16 +127,16 @@ def write_halves(x_ref, power, tiles_ref) -> None:
 
 
 def fill(table_ref, books_ref, warpgroups: int) -> None:
-    """Repeat every codebook vector over its row of the table, as float16.
+    """Repeat every codebook vector over its row of the table, in the table's dtype.
 
-    Refs: table f16 [pairs, 2**b, 2, 64] in shared memory, books [m, 2**b, v].
+    Refs: table [pairs, 2**b, 2, 64] in shared memory, books [m, 2**b, v].
     """
     m, size, v = books_ref.shape
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 2)
     def fill(_, table, books):
+        kind, dtype = (ir.MemRefType(ref.type).element_type for ref in (table, books))
         table, books_pointer = mgpu_utils.memref_ptr(table), mgpu_utils.memref_ptr(books)
-        dtype = ir.MemRefType(books.type).element_type
         width = v * mgpu_utils.bitwidth(dtype) // 8
         for start in range(0, size, WARPGROUP * warpgroups):
             entry = add(thread(), start)
@@ -144,7 +146,7 @@ def fill(table_ref, books_ref, warpgroups: int) -> None:
                     vector_v = llvm.load(vec(v, dtype), place, alignment=min(16, width))
                     row = at(table, mul(entry, 2 * TABLE_ROW))
                     row = at(row, (book // 2 * size * 2 + book % 2) * TABLE_ROW)
-                    _fill_row(row, to_f16(vector_v))
+                    _fill_row(row, to_dtype(vector_v, kind))
 
     fill(table_ref, books_ref)
 
@@ -182,15 +184,14 @@ class Lane:
         scaled=True,
     ):
         self.spec, self.scaled = spec, scaled
+        self.dtype = ir.MemRefType(table.type).element_type
         v, g, length = spec.vector_length, spec.group_size, spec.vector_length * spec.codes_per_word
         lane, self.table = rem(thread(), 32), mgpu_utils.memref_ptr(table)
         first = mul(rem(lane, 4), LANE_K)  # of its weights along K
         column = mul(rem(div(thread(), 32), 4), 16) if column is None else column
         column = add(column, mul(pair_of_columns(), 2))
         word, group = c(0) if word is None else word, c(0) if group is None else group
-        # Neighbouring lanes read neighbouring copies of a vector.
-        self.low = mul(rem(lane, TABLE_ROW // self.bytes), self.bytes)
-        self.odd = arith.cmpi(arith.CmpIPredicate.ne, rem(lane, 2), c(0))
+        self.low, self.odd = own_copy(v)
         word = add(word, div(first, length))
         rows = [add(word, i) for i in range(max(1, LANE_K // length))]
         self.words = _load_pairs(codes, spec.num_codebooks, rows, column)
@@ -201,11 +202,6 @@ class Lane:
         self.scales = _scale(scales) if scaled else [_number(scale) for scale in scales]
         self.entries: dict[tuple[int, int, int], list] = {}
 
-    @property
-    def bytes(self) -> int:
-        """Of an entry that one load reads."""
-        return min(16, 2 * self.spec.vector_length)
-
     def look_up(self, s: int) -> None:
         """Load the entries that begin in a step."""
         v, books = self.spec.vector_length, range(self.spec.num_codebooks)
@@ -215,14 +211,19 @@ class Lane:
 
     def finish(self, s: int) -> list:
         """Registers [p][h]: entries summed over codebooks, times the column's scale."""
-        return [[self._weights(h, 4 * s + 2 * p) for h in range(2)] for p in range(2)]
+        books = self.apart(s)
+        total = [[reduce(arith.addf, [b[p][h] for b in books]) for h in range(2)] for p in range(2)]
+        return [[arith.mulf(half[h], self.scales[h]) for h in range(2)] for half in total]
 
-    def _weights(self, h: int, i: int) -> ir.Value:
-        """The neighbouring weights i and i + 1 of a column, in a register."""
+    def apart(self, s: int) -> list:
+        """Registers [codebook][p][h] of the entries themselves."""
+        books, halves = range(self.spec.num_codebooks), range(2)
+        return [[[self._pair(h, 4 * s + 2 * p, b) for h in halves] for p in halves] for b in books]
+
+    def _pair(self, h: int, i: int, book: int) -> ir.Value:
+        """A codebook's part of the neighbouring weights i and i + 1 of a column."""
         code, place = divmod(i, self.spec.vector_length)
-        books = range(self.spec.num_codebooks)
-        total = reduce(arith.addf, [self.entries[h, code, book][place // 2] for book in books])
-        return arith.mulf(total, self.scales[h]) if self.scaled else total
+        return self.entries[h, code, book][place // 2]
 
     def _entry(self, h: int, code: int, book: int) -> list:
         """A codebook vector, two weights a register."""
@@ -230,47 +231,61 @@ class Lane:
         if self.spec.bits > TABLE_BITS:
             return self._distant_entry(self.words[book][word][h], position, book)
         place = self._table_offset(self.words[book][word][h], position)
-        offset = (book // 2 * self.spec.codebook_size * 2 + book % 2) * TABLE_ROW
-        load = lambda place: _load_halves(at(at(self.table, place), offset), self.bytes // 4)
-        if self.spec.vector_length < 16:
-            return load(place)
-        # The 4 copies of 32 bytes: an odd lane reads the second half first, to meet no even one.
-        first, second = load(place), load(arith.xori(place, c(16)))
-        pick = lambda a, b: [arith.select(self.odd, x, y) for x, y in zip(a, b, strict=True)]
-        return pick(second, first) + pick(first, second)
+        return read_entry(self.spec, self.table, place, book, self.dtype, self.odd)
 
     def _distant_entry(self, word, position: int, book: int) -> list:
-        """An entry of a codebook in global memory, f16 [m, 2**b, v]."""
+        """An entry of a codebook in global memory, [m, 2**b, v]."""
         b, size = self.spec.bits, 2 * self.spec.vector_length
         if self.ahead is not None:
             word = arith.shrui(word, mul(self.ahead, b))
         code = arith.andi(arith.shrui(word, c(b * position)), c(2**b - 1))
         first = at(at(self.table, mul(code, size)), book * self.spec.codebook_size * size)
-        places = [at(first, i * self.bytes) for i in range(size // self.bytes)]
-        return [half for place in places for half in _load_halves(place, self.bytes // 4)]
+        most = min(8, self.spec.vector_length)  # values of a load
+        places = [at(first, begin) for begin in range(0, size, 2 * most)]
+        return [pair for place in places for pair in load_pairs(place, most, self.dtype)]
 
     def _table_offset(self, word, position: int) -> ir.Value:
         """256 times code `position`, counted from the lane's first, of a word, plus `low`."""
-        b = self.spec.bits
-        if b == 8:  # one instruction puts the code's byte above the lane's
-            selector = c(0x5504 + 16 * position)
-            if self.ahead is not None:
-                selector = arith.addi(selector, mul(self.ahead, 16))
-            ptx, constraints = "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r"
-            operands = [word, self.low, selector]
-            found = llvm.inline_asm(i32(), operands, ptx, constraints, has_side_effects=False)
-            return cast(ir.Value, found)
-        if self.ahead is not None:
-            word = arith.shrui(word, mul(self.ahead, b))
-        right = b * position - 8
-        word = arith.shrui(word, c(right)) if right > 0 else arith.shli(word, c(-right))
-        return arith.ori(arith.andi(word, c((2**b - 1) << 8)), self.low)
+        b, row = self.spec.bits, 2 * TABLE_ROW
+        if self.ahead is None:
+            return row_offset(word, b, position, self.low, row)
+        if b < 8:
+            return row_offset(arith.shrui(word, mul(self.ahead, b)), b, position, self.low, row)
+        # One instruction puts the code's byte above the lane's.
+        selector = arith.addi(c(0x5504 + 16 * position), mul(self.ahead, 16))
+        ptx, operands = "prmt.b32 $0, $1, $2, $3;", [word, self.low, selector]
+        found = llvm.inline_asm(i32(), operands, ptx, "=r,r,r,r", has_side_effects=False)
+        return cast(ir.Value, found)
 
 
-def _load_halves(place, count: int) -> list:
-    """Pairs of float16 in `count` registers, from one load."""
-    [*words] = load_words(place, count)
-    return [vector.bitcast(vec(2, f16()), vector.from_elements(vec(1, i32()), [w])) for w in words]
+def read_entry(spec: CodebookSpec, table: ir.Value, place, book: int, dtype, odd) -> list:
+    """A vector of a codebook, from a place among those of all its codes, two values a register.
+
+    Of the 4 copies of 32 bytes an odd lane reads the second half first, to meet no even one.
+    """
+    # Two codebooks share rows. What is known is added last, where a load has room for it.
+    offset = (book // 2 * spec.codebook_size * 2 + book % 2) * TABLE_ROW
+    v = spec.vector_length
+    load = lambda place: load_pairs(at(at(table, place), offset), min(v, 8), dtype)
+    if v < 16:
+        return load(place)
+    first, second = load(place), load(arith.xori(place, c(16)))
+    pick = lambda a, b: [arith.select(odd, x, y) for x, y in zip(a, b, strict=True)]
+    return pick(second, first) + pick(first, second)
+
+
+def own_copy(v: int) -> tuple[ir.Value, ir.Value]:
+    """Where in a row of the table the lane's copy of a vector begins, and whether it is odd."""
+    lane, size = rem(thread(), 32), min(16, 2 * v)
+    odd = arith.cmpi(arith.CmpIPredicate.ne, rem(lane, 2), c(0))
+    return mul(rem(lane, TABLE_ROW // size), size), odd
+
+
+def load_pairs(place, count: int, dtype: ir.Type) -> list:
+    """`count` neighbouring values of 16 bits, two a register, from one load."""
+    words = load_words(place, count // 2)
+    pair = lambda word: vector.from_elements(vec(1, i32()), [word])
+    return [vector.bitcast(vec(2, dtype), pair(word)) for word in words]
 
 
 def _load_pairs(ref: ir.Value, count: int, rows: Sequence[ir.Value], column) -> list[list]:
@@ -327,13 +342,12 @@ def to_f32(values: ir.Value) -> ir.Value:
     return values if kind.element_type == f32() else arith.extf(vec(kind.shape[0], f32()), values)
 
 
-def to_f16(values: ir.Value) -> ir.Value:
-    """A vector in float16."""
+def to_dtype(values: ir.Value, dtype: ir.Type) -> ir.Value:
+    """A vector in a dtype of 16 bits."""
     kind = ir.VectorType(values.type)
-    [length] = kind.shape
-    if kind.element_type == f16():
+    if kind.element_type == dtype:
         return values
-    return arith.truncf(vec(length, f16()), to_f32(values))
+    return arith.truncf(vec(kind.shape[0], dtype), to_f32(values))
 
 
 def thread() -> ir.Value:

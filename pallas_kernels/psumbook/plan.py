@@ -25,6 +25,7 @@ MAX_ROWS = 64  # far beyond those where anything else is slower
 TABLE_BYTES = 192 * 1024  # of the 227 KiB that a block may have: x and maxima need the rest
 MULTIPROCESSORS = 132  # of an H100
 WARPGROUPS = 4  # of wide blocks: 3, 6 and 7 were slower, 8 no faster
+MOST_WARPGROUPS = 8  # 1024 threads
 WIDEST = 14336  # columns of a block at most: 28 sums a thread still fit in its registers
 MOST_CHUNKS = WIDEST // (WARPGROUPS * WARPGROUP * QUAD)
 HELD_REGISTERS = 40  # of a thread, for codes and scales that are on their way
@@ -55,6 +56,22 @@ class Tiling:
     books: int
     ahead: int = 4
     blocks: int = MULTIPROCESSORS
+
+    def check(self, spec: CodebookSpec) -> None:
+        """Refuse what no block can be.
+
+        Raises:
+          ValueError: sizes that do not exist, or that do not fit the format or shared memory.
+        """
+        m, word = spec.num_codebooks, spec.codes_per_word * spec.vector_length
+        sums = self.chunks * self.columns * self.warpgroups * WARPGROUP
+        table = self.words * self.books * spec.codes_per_word * spec.codebook_size * 2 * COPIES
+        sizes = self.columns in (1, 2, 4) and 1 <= self.warpgroups <= MOST_WARPGROUPS
+        divides = m % self.books == 0 and spec.group_size % (self.words * word) == 0
+        if not (sizes and divides and sums <= WIDEST and table <= TABLE_BYTES) or (
+            self.words > 1 and self.books < m
+        ):
+            raise ValueError(f"{self} cannot be tiles of a {spec} weight.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from jaxcodec.pallas_kernels.lanes import (
     add,
     at,
     below,
-    byte_offset,
     c,
     div,
     f32,
@@ -29,6 +28,7 @@ from jaxcodec.pallas_kernels.lanes import (
     i32,
     mul,
     rem,
+    row_offset,
     shared_address,
     smaller,
     vec,
@@ -265,7 +265,9 @@ def gather(plan: Plan, table, words):
             for place, (w, book) in enumerate(np.ndindex(plan.words, plan.books)):
                 for i in range(spec.codes_per_word):
                     quad, s = divmod(w * spec.codes_per_word + i, QUAD)
-                    offset = _row_offset(plan, columns[place][column], i, lane)
+                    offset = row_offset(
+                        columns[place][column], spec.bits, i, lane, 4 * plan.row_words
+                    )
                     row = quad * plan.vectors + book * spec.codebook_size
                     entries.append(_entry(plan, add(base, offset), row, s))
             if plan.exact:
@@ -275,17 +277,6 @@ def gather(plan: Plan, table, words):
         return _fragment(_packed(sums), plan.layout)
 
     return gather(table, list(words))
-
-
-def _row_offset(plan: Plan, word: ir.Value, i: int, lane: ir.Value) -> ir.Value:
-    """Where the row of code i of a word begins, plus the bytes of the lane's copy."""
-    bits, row_bytes = plan.spec.bits, 4 * plan.row_words
-    if (bits, row_bytes) == (8, 256):
-        return byte_offset(word, i, lane)
-    left = row_bytes.bit_length() - 1 - bits * i
-    shift = arith.shli if left >= 0 else arith.shrui
-    code = arith.andi(shift(word, c(abs(left))), c((2**bits - 1) * row_bytes))
-    return arith.ori(code, lane)
 
 
 def _entry(plan: Plan, address: ir.Value, row: int, s: int) -> ir.Value:

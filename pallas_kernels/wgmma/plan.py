@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 
 from jaxcodec.pallas_kernels.operands.layout import (
     K_TILE,
+    REGISTERS,
     SHARED_BYTES,
     SMS,
     scale_rows,
@@ -32,6 +33,8 @@ BLOCKS = (
     *((32, 4, 1), (32, 2, 2), (32, 1, 4), (64, 2, 1), (64, 3, 1), (64, 4, 1), (64, 2, 2)),
     *((128, 2, 1), (128, 3, 1), (256, 2, 1)),
 )
+ROWS = (32, 64, 128, 256)
+GATHER_REGISTERS = 80  # that a thread needs besides its sums: 32 of fragments, and what gathers
 SPLITS = (1, 2, 3, 4, 6, 8, 12, 16)
 MIN_SPLIT_K = 256  # less would not fill the rings
 MAX_STAGES = 10
@@ -71,6 +74,21 @@ class Tiling:
     def step(self) -> int:
         """Weights along K in a step."""
         return self.parts * K_TILE
+
+    def check(self, spec: CodebookSpec) -> None:
+        """Refuse what no block can be.
+
+        Raises:
+          ValueError: sizes that do not exist, that do not fit each other or the registers, or that
+            leave no room for two stages.
+        """
+        sizes = self.rows in ROWS and self.cluster in (1, 2) and min(self.strips, self.parts) >= 1
+        held = self.rows // 2 + GATHER_REGISTERS <= REGISTERS.get(self.warpgroups, 0)
+        g = spec.group_size
+        if not (sizes and held and self.splits >= 1) or (self.step % g and g % self.step):
+            raise ValueError(f"{self} cannot be tiles of a {spec} weight.")
+        if fitting(self, spec).stages < 2:  # the copies of a step wait for the step before
+            raise ValueError(f"{self} needs more shared memory than a block has for {spec}.")
 
 
 def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:

@@ -320,6 +320,25 @@ def test_kernels_are_for_hopper_alone(monkeypatch, capability):
         assert choose(M, 4096, [4096], spec, jnp.bfloat16) == "dequantize"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "written"), [(jnp.bfloat16, True), (jnp.float16, True), (jnp.float32, False)]
+)
+def test_hopper_writes_dense_weights_with_a_kernel(monkeypatch, dtype, written):
+    class Device:
+        platform, device_kind, compute_capability = "gpu", "Some GPU", "9.0"
+
+    monkeypatch.setattr(matmul_module, "_default_device", Device)
+
+    def loss(x, w):
+        return codebook_matmul(x, w, implementation="dequantize").astype(jnp.float32).sum()
+
+    x, w = operands("tiny_m2v8", dtype, 2)
+    wide = jax.tree.map(lambda leaf: jnp.stack([leaf] * 2), (x, w))
+    for call, arguments in [(jax.grad(loss), (x, w)), (jax.vmap(jax.grad(loss)), wide)]:
+        text = jax.jit(call).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+        assert ("dequantizer" in text) == written
+
+
 def test_more_weights_than_a_launch_takes():
     x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
     ys = codebook_matmuls(x, [w] * 17)

@@ -13,12 +13,13 @@ from jaxcodec.pallas_kernels.mma import Tiling, interpreted, plan
 from jaxcodec.pallas_kernels.operands import layout
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_70B
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import dequantize, random_codebook_tensor
+from jaxcodec.tensor import CodebookTensor, dequantize, random_codebook_tensor
 
 INTERPRET = jax.default_backend() != "gpu"
 SMALL = Tiling(rows=8, columns=64, width=16, parts=1, stages=2)
-# float16 sums of codebooks cost 2**-12 of themselves, float16 scales as much, and x nothing.
+# Scaled weights in float16 cost 2**-12 of themselves, float16 scales as much, and x nothing.
 TOLERANCE = 5e-4
+EXACT = 2e-6  # where nothing but float32 sums is rounded
 
 
 @functools.partial(jax.jit, static_argnames=("tiles", "out_dtype"))
@@ -52,15 +53,24 @@ def relative_error(y, expected):
         ("m1v8b16g256", 3, 256, 24, Tiling(8, 16, 16, 2, 2)),  # a codebook in global memory
         ("m2v4b16g64", 3, 128, 16, Tiling(8, 16, 16, 1, 2)),
         ("m1v16b16g128", 3, 128, 16, Tiling(8, 16, 16, 1, 2)),
+        ("m2v4g64", 50, 192, 24, Tiling(64, 16, 16, 1, 2)),
     ],
 )
 def test_it_is_the_product_with_the_dequantized_weight(text, M, K, N, tiles):
     x, w = operands(text, M, K, N)
     [y] = matmul(x, [w], tiles)
     assert y.shape == (M, N)
-    assert relative_error(y, exact(x, w)) < TOLERANCE
+    assert relative_error(y, exact(x, w)) < (EXACT if w.spec.group_size % 64 == 0 else TOLERANCE)
     if INTERPRET:
         assert not get_races().races_found
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_codebooks_that_bfloat16_cannot_hold(dtype):
+    x, _ = operands("m2v8g64", 3, 64, 16)
+    _, w = operands("m2v8g64", 3, 64, 16, dtype)
+    [y] = matmul(x, [w], Tiling(8, 16, 16, 1, 2))
+    assert relative_error(y, exact(x, w)) < (EXACT if dtype == jnp.float16 else TOLERANCE)
 
 
 @pytest.mark.skipif(INTERPRET, reason="The interpreter stalls with more threads than cores.")
@@ -72,6 +82,8 @@ def test_it_is_the_product_with_the_dequantized_weight(text, M, K, N, tiles):
         Tiling(16, 32, 32, 8, 2),
         Tiling(16, 16, 16, 8, 4),
         Tiling(32, 96, 16, 1, 2),
+        Tiling(64, 224, 32, 1, 4),
+        Tiling(64, 16, 16, 4, 2),
     ],
 )
 @pytest.mark.parametrize(
@@ -100,14 +112,21 @@ def test_rows_of_any_magnitude():
     [y] = matmul(x, [w])
     assert not np.any(y[3])
     for row in (0, 1, 2, 4, 5, 6, 7):
-        assert relative_error(y[row], exact(x[row : row + 1], w)[0]) < TOLERANCE
+        assert relative_error(y[row], exact(x[row : row + 1], w)[0]) < EXACT
+
+
+def test_codebooks_of_any_magnitude():
+    x, w = operands("m1v4g64", 2, 64, 16)
+    w = CodebookTensor(w.codes, w.codebooks * 2.0**-60, w.scales)
+    [y] = matmul(x, [w], Tiling(8, 16, 16, 1, 2))
+    assert relative_error(y, exact(x, w)) < EXACT
 
 
 def test_weights_that_share_x():
     x, up = operands("m1v4g128", 5, 128, 136)
     _, down = operands("m1v4g128", 5, 128, 72, seed=5)
     for y, w in zip(matmul(x, [up, down]), [up, down], strict=True):
-        assert relative_error(y, exact(x, w)) < TOLERANCE
+        assert relative_error(y, exact(x, w)) < EXACT
 
 
 def test_a_batch_equals_its_rows_alone():
@@ -136,7 +155,7 @@ def test_the_race_detector_sees_a_missing_barrier(monkeypatch):
 @pytest.mark.parametrize(
     ("M", "K", "N", "spec", "dtype", "reason"),
     [
-        (33, 4096, 4096, "m1v4g128", jnp.bfloat16, "M = 33"),
+        (65, 4096, 4096, "m1v4g128", jnp.bfloat16, "M = 65"),
         (0, 4096, 4096, "m1v4g128", jnp.bfloat16, "M = 0"),
         (8, 4096, 4096, "m1v4g128", jnp.float32, "float32"),
         (8, 4096, 4096, "m1v4g192", jnp.bfloat16, "g = 192"),
@@ -161,7 +180,7 @@ def test_tiles_that_no_block_can_hold():
         mma.matmul(x, [w], tiles=Tiling(32, 128, 32, 2, 2), interpret=INTERPRET)
 
 
-@pytest.mark.parametrize("M", [1, 8, 16, 32])
+@pytest.mark.parametrize("M", [1, 8, 16, 64])
 @pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m4v8g128", "m4v2g16", "m3v16g64"])
 def test_tiles_fit_real_shapes(spec, M):
     spec = CodebookSpec.parse(spec)
@@ -175,7 +194,7 @@ def test_tiles_fit_real_shapes(spec, M):
             assert tiles.rows >= M
 
 
-@pytest.mark.parametrize("M", [1, 32])
+@pytest.mark.parametrize("M", [1, 64])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m3v16b8g32", "m1v8b16g4096"])
 def test_lowers_for_cuda_without_a_gpu(spec, dtype, M):
@@ -186,4 +205,3 @@ def test_lowers_for_cuda_without_a_gpu(spec, dtype, M):
     x = jax.ShapeDtypeStruct((M, K), dtype)
     text = jax.jit(call).trace(x, [w, w]).lower(lowering_platforms=("cuda",)).as_text()
     assert "mma_matmul" in text
-    assert "half_tiles" in text

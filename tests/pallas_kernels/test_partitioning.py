@@ -9,7 +9,7 @@ from jaxcodec.pallas_kernels import partitioning
 from jaxcodec.pallas_kernels.matmul import codebook_matmuls
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
+from jaxcodec.tensor import CodebookTensor, dequantize, random_codebook_tensor
 
 needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="a mesh of 2 x 2 devices")
 K, NS = 512, (256, 128)
@@ -48,6 +48,20 @@ def test_split_equals_whole(text, axis):
     compiled = multiply.lower(x_split, weights).compile().as_text() or ""
     assert "all-gather" not in compiled
     assert ("all-reduce" in compiled) == (axis == "K")
+
+
+@needs_four
+@pytest.mark.parametrize("axis", ["N", "K"])
+@pytest.mark.parametrize("text", ["m2v8g128", "m2v8g8", "m1v4g512"])
+def test_a_weight_is_written_where_its_codes_are(text, axis):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    whole = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse(text), K, 256)
+    write = jax.jit(partitioning.partitioned_weight(dequantize))
+    w = split(mesh, whole, axis)
+    weight = write(w)
+    np.testing.assert_array_equal(weight, dequantize(whole))
+    assert weight.sharding.spec[0 if axis == "K" else 1] in ("model", ("model",))
+    assert "all-gather" not in (write.lower(w).compile().as_text() or "")
 
 
 @needs_four

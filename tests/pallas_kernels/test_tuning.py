@@ -135,6 +135,39 @@ def test_entries_of_other_versions_are_left_out_with_a_warning(user_directory):
     assert tuning.read(path) == [ENTRY]
 
 
+@pytest.mark.parametrize(
+    ("kernel", "changes"),
+    [
+        ("psumbook_mosaic", {"warpgroups": 9, "columns": 3, "chunks": 99, "words": 64, "books": 3}),
+        (
+            "mma_mosaic",
+            {"rows": 24, "columns": 1000, "width": 8, "parts": 99, "stages": 3},
+        ),
+        (
+            "wgmma_mosaic",
+            {"rows": 512, "strips": 5, "parts": 5, "cluster": 8, "stages": 1},
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_left_out(tmp_path, kernel, changes):
+    tiles = dataclasses.asdict(KERNELS[kernel].tiling(1, 4096, 4096, SPEC))
+    row = {"kernel": kernel, "M": 1, "tiles": tiles}
+    assert len(tuning.read(write_rows(tmp_path / "device.json", row))) == 1
+    for name, value in changes.items():
+        path = write_rows(tmp_path / "device.json", row | {"tiles": tiles | {name: value}})
+        with pytest.warns(UserWarning, match="1 of 1 entries are left out"):
+            assert tuning.read(path) == []
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m3v4g32", "m4v8g64"])
+def test_candidates_can_be(kernel, spec):
+    spec = CodebookSpec.parse(spec)
+    for M, K, N in [(1, 4096, 4096), (32, 8192, 28672), (64, 14336, 1000)]:
+        for tiles in KERNELS[kernel].candidates(M, K, N, spec):
+            tiles.check(spec)
+
+
 def test_a_device_that_was_never_tuned_has_an_empty_table():
     assert tuning.table("Some GPU of 2031").entries == {}
 
