@@ -8,7 +8,8 @@ of all codebooks are added, and multiplied by the scale of their group, in float
 rounded. At the end a block adds the sums of its parts.
 
 Where that cannot be, x is brought into float16 before: a bfloat16 x with codebooks in another
-dtype, and groups of 16 or 32, whose scales multiply weights in float16.
+dtype; groups of 16 or 32, whose scales multiply weights in float16; and several codebooks with more
+than 8 rows, which are added in float16 to be multiplied once.
 
 Letters: M rows, K input and N output features.
 
@@ -29,6 +30,7 @@ from jaxcodec.pallas_kernels.mma import interpreted, threads
 from jaxcodec.pallas_kernels.mma.plan import (
     Plan,
     Tiling,
+    adds_codebooks,
     code_columns,
     fitting,
     refusal,
@@ -60,8 +62,8 @@ def matmul(
 ) -> list[jax.Array]:
     """Multiply x [M, K] by each weight [K, N_i] in one launch: [M, N_i] in `out_dtype`.
 
-    Codebooks in x's dtype are multiplied as they are and summed in float32; others, and where g is
-    16 or 32 the weights, are rounded to float16.
+    Codebooks in x's dtype are multiplied as they are and summed in float32; others, and weights
+    where g is 16 or 32 or where `adds_codebooks`, are rounded to float16.
 
     Args:
       x: bf16 or f16 [M, K], at most 64 rows.
@@ -82,7 +84,7 @@ def matmul(
     tiles = tiles or tiling(M, K, sum(w.shape[1] for w in wide), spec)
     with jax.named_scope("mma_matmul"):
         factors = None
-        if not _is_native(x, weights[0]):
+        if not _is_native(x, weights[0], tiles.rows):
             x, factors = halves(x)
         if K % K_TILE:  # of which the copies take whole ones
             x = jnp.pad(x, ((0, 0), (0, -K % K_TILE)))
@@ -90,9 +92,9 @@ def matmul(
         return [y[:, : w.shape[1]] for y, w in zip(results, weights, strict=True)]
 
 
-def _is_native(x: jax.Array, w: CodebookTensor) -> bool:
+def _is_native(x: jax.Array, w: CodebookTensor, rows: int) -> bool:
     """Whether the tensor cores take x as it is: float16, or bfloat16 with exact weights."""
-    exact = w.codebooks.dtype == x.dtype and w.spec.group_size % K_TILE == 0
+    exact = w.codebooks.dtype == x.dtype and not adds_codebooks(w.spec, rows)
     return x.dtype == jnp.float16 or exact
 
 

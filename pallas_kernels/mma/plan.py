@@ -103,6 +103,16 @@ def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str
     return layout.refusal(M, K, N, spec, dtype, most_bits=16)
 
 
+def adds_codebooks(spec: CodebookSpec, rows: int) -> bool:
+    """Whether a block of `rows` adds the vectors of several codebooks in float16, then multiplies.
+
+    It must where scales multiply weights. Else it need not round: each codebook is multiplied by
+    itself. But products take time of their own from 16 rows on: 72 us so, 54 with one product
+    (m2v8g128, 16 rows, 8192x28672).
+    """
+    return bool(spec.group_size % K_TILE) or (spec.num_codebooks > 1 and rows > ROWS[0])
+
+
 def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
     """The tile sizes for x [M, K] and a `spec` weight [K, N] on a device never tuned."""
     return candidates(M, K, N, spec)[0]
@@ -201,6 +211,11 @@ class Plan:
     def scales_sums(self) -> bool:
         """Whether scales multiply sums of tiles; else weights, whose column has several groups."""
         return self.spec.group_size % K_TILE == 0
+
+    @property
+    def adds_codebooks(self) -> bool:
+        """See the function of this name."""
+        return adds_codebooks(self.spec, self.tiles.rows)
 
     @property
     def x_transforms(self) -> tuple:

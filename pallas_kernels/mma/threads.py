@@ -108,7 +108,7 @@ def accumulate(plan: Plan, total, x_ref, table, codes, scales) -> jax.Array:
 def _accumulate(plan: Plan, sums: list, x, table, codes, scales, part, column) -> list:
     """The sums of a lane plus those of its warp's span.
 
-    Where scales multiply sums, each codebook's entries are an operand of their own: nothing is
+    Where codebooks are not added, each one's entries are an operand of their own: nothing is
     rounded, and no product waits for that of another codebook.
     """
     rows, spec = plan.tiles.rows, plan.spec
@@ -138,9 +138,9 @@ def _accumulate(plan: Plan, sums: list, x, table, codes, scales, part, column) -
 
 
 def _lefts(plan: Plan, lane: Lane) -> list[list]:
-    """First operands [step] of a tile: one for each codebook, or their scaled sum."""
+    """First operands [step] of a tile: one for each codebook, or their sum."""
     flat = lambda registers: [as_i32(w) for half in registers for w in half]
-    if not plan.scales_sums:
+    if plan.adds_codebooks:
         return [[flat(lane.finish(s)) for s in range(STEPS)]]
     books = zip(*(lane.apart(s) for s in range(STEPS)), strict=True)
     return [[flat(registers) for registers in steps] for steps in books]

@@ -70,7 +70,7 @@ def test_it_is_the_product_with_the_dequantized_weight(text, M, K, N, tiles):
         Tiling(32, 1, 3, parts=4),
         Tiling(32, 2, 4, parts=2, splits=2),
         Tiling(32, 4, 4, splits=2),
-        Tiling(64, 2, 4, parts=2),
+        Tiling(64, 1, 3, parts=2),
         Tiling(64, 3, 2),
         Tiling(64, 4, 8),
         Tiling(128, 2, 5, cluster=2),
