@@ -12,9 +12,10 @@ else
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 INSTALLED_GPU := $(VENV)/.installed-$(CUDA)
+INSTALLED_EVAL := $(VENV)/.installed-eval
 endif
 
-.PHONY: demo test test-gpu lint format clean
+.PHONY: demo test test-gpu test-eval lint format clean
 
 demo: $(INSTALLED)
 	JAX_PLATFORMS=cpu $(RUN) -m jaxcodec.demo
@@ -24,6 +25,9 @@ test: $(INSTALLED)
 
 test-gpu: $(INSTALLED_GPU)
 	JAXCODEC_TEST_DEVICE=gpu $(RUN) -m pytest tests/pallas_kernels $(PYTEST_ARGS)
+
+test-eval: $(INSTALLED_EVAL)
+	JAX_PLATFORMS=cpu $(RUN) -m pytest tests/serve/real_harness.py $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(RUN) -m ruff format --check .
@@ -45,5 +49,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 $(INSTALLED_GPU): $(INSTALLED)
 	$(RUN) -m pip install -qq --constraint constraints.txt --editable '.[$(CUDA)]'
+	@touch $@
+
+$(INSTALLED_EVAL): $(INSTALLED)
+	$(RUN) -m pip install -qq --constraint constraints.txt --editable '.[eval]'
 	@touch $@
 endif
