@@ -210,9 +210,11 @@ class Lane:
             self.entries[h, code, book] = self._entry(h, code, book)
 
     def finish(self, s: int) -> list:
-        """Registers [p][h]: entries summed over codebooks, times the column's scale."""
+        """Registers [p][h]: entries summed over codebooks, times the column's scale if `scaled`."""
         books = self.apart(s)
         total = [[reduce(arith.addf, [b[p][h] for b in books]) for h in range(2)] for p in range(2)]
+        if not self.scaled:
+            return total
         return [[arith.mulf(half[h], self.scales[h]) for h in range(2)] for half in total]
 
     def apart(self, s: int) -> list:
