@@ -17,6 +17,8 @@ DEVICE = os.environ.get("JAXCODEC_TEST_DEVICE", "cpu")
 if DEVICE not in ("cpu", "gpu"):
     raise pytest.UsageError(f"JAXCODEC_TEST_DEVICE must be cpu or gpu, got {DEVICE!r}.")
 if DEVICE == "cpu":
+    # The tests compile far more than they compute.
+    jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
 elif jax.default_backend() != "gpu":

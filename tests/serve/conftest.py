@@ -113,11 +113,3 @@ def _random_adapter(model: Model, seed: int, rank: int, targets: tuple[str, ...]
     rng = np.random.default_rng(seed)
     draw = lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype)
     return jax.tree.map(draw, adapter)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs compiled without most optimizations: these tests compile more than they compute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
