@@ -5,15 +5,12 @@ before that has made. Queues, pages and prefixes are plain Python beneath it; th
 runner's.
 """
 
-import collections
 import contextlib
-import dataclasses
 import heapq
 import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jaxcodec.models.cache import KVCache, pages_for
 from jaxcodec.models.layers import AdapterBank
@@ -24,7 +21,8 @@ from jaxcodec.models.transformer import Model
 from jaxcodec.serve.answers import Answer
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
-from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
+from jaxcodec.serve.journal import Journal
+from jaxcodec.serve.plan import NO_ROW, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
 from jaxcodec.serve.prompts import prompt_tokens
 from jaxcodec.serve.request import (
@@ -40,7 +38,7 @@ from jaxcodec.serve.request import (
 from jaxcodec.serve.runner import Launch, LaunchedRow, Runner, cache_pages
 from jaxcodec.serve.scheduler import Scheduler
 from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
-from jaxcodec.serve.statistics import EngineStats, ModelCounts
+from jaxcodec.serve.statistics import EngineStats
 from jaxcodec.serve.structured import Grammars, Progress
 from jaxcodec.serve.timeline import Timeline
 
@@ -112,8 +110,8 @@ class Engine:
             base.config, self._models, self._grammars, buckets, cache, max_batch, decode_steps
         )
         self._max_waiting = max_waiting
-        self._timeline, self._clock = timeline, clock
-        self._made = clock()
+        self._clock = clock
+        self._journal = Journal(self._scheduler, timeline, clock)
         self._active: dict[str, list[Answer]] = {}  # by id, in order of submission
         self._answers: dict[Sequence, Answer] = {}
         self._deadlines: list[tuple[float, int, Answer]] = []
@@ -123,8 +121,6 @@ class Engine:
         self._advancing: tuple[Answer, int, int] | None = None
         self._broken: str | None = None  # why nobody can be served any more
         self._number = itertools.count(1)
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._by_model = ModelCounts()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -164,7 +160,7 @@ class Engine:
           ValueError: there is no such model, or it is the base.
         """
         self._models.remove(name)
-        self._by_model.fold(self._models.names, self._scheduler.preempted)
+        self._journal.fold(self._models.names)
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep a model's adapter in its slot, whatever else is asked for; or no more.
@@ -208,7 +204,7 @@ class Engine:
         if count > self._max_waiting:
             raise ValueError(f"n is {count}, but the queue holds {self._max_waiting} responses.")
         if waiting + count > self._max_waiting:
-            self._counts["rejected"] += 1
+            self._journal.rejected += 1
             raise QueueFull(
                 f"{waiting} responses wait, of at most {self._max_waiting}: there is no room for "
                 f"{count} more."
@@ -254,7 +250,7 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        self._counts["steps"] += 1
+        self._journal.steps += 1
         self._expire()
         plan = self._scheduler.plan(settled=not self._flying)
         if self._flying and (plan is None or plan.empty):  # all depends on what is on its way
@@ -263,40 +259,17 @@ class Engine:
         assert plan is not None, "a settled scheduler has a plan"
         moves = self._events or plan.preempted or not plan.empty
         assert moves or not self._scheduler.waiting, "the scheduler has stalled"
-        self._note_plan(plan)
+        self._journal.planned(plan, self._answers)
         launches = self._runner.run(plan, self._answers)
         self._collect()
         self._flying = launches
         if not self._active:
             self._scheduler.check_idle()
-        if self._timeline is not None:
-            self._timeline.counter(
-                self._clock(),
-                waiting=len(self._scheduler.waiting),
-                running=len(self._scheduler.running),
-                free_pages=self._scheduler.pool.free,
-                prefill_tokens=sum(chunk.count for chunk in plan.prefills),
-                decode_tokens=sum(count for _, count in plan.decodes),
-            )
+        self._journal.stepped(plan)
 
     def stats(self) -> EngineStats:
         """Counts up to now."""
-        scheduler, counts = self._scheduler, self._counts
-        waiting = collections.Counter(s.model for s in scheduler.waiting)
-        running = collections.Counter(s.model for s in scheduler.running)
-        models = self._by_model.stats(waiting, running, scheduler.preempted)
-        return EngineStats.of(
-            models,
-            scheduler.counts(),
-            seconds=self._clock() - self._made,
-            steps=counts["steps"],
-            launches=self._runner.launches,
-            rejected=counts["rejected"],
-            evictions=scheduler.evictions,
-            offloaded=scheduler.host.offloaded,
-            restored=scheduler.host.restored,
-            adapter_loads=self._models.slots.loads,
-        )
+        return self._journal.stats(self._runner.launches, self._models.slots.loads)
 
     def check(self) -> None:
         """Verify that no page, row or slot is lost or in two places.
@@ -386,7 +359,7 @@ class Engine:
         now = self._clock()
         for sequence in self._scheduler.running:
             if sequence in self._answers:
-                self._note(self._answers[sequence], "preempted", now)
+                self._journal.preempted(self._answers[sequence], now)
         self._active = {}
         for answer in self._answers.values():
             self._active.setdefault(answer.sequence.id[0], []).append(answer)
@@ -421,20 +394,16 @@ class Engine:
 
     def _advance(self, row: LaunchedRow, now: float) -> None:
         """What the new tokens of a response mean; a fault in one response is that one's alone."""
-        answer, reason, error, taken = row.answer, None, None, 0
+        answer, reason, error = row.answer, None, None
         sequence = answer.sequence
+        known = len(sequence.tokens)
         try:
-            for place, token in enumerate(row.tokens):
-                delta, reason = answer.take(token, place, row.logprobs, now)
-                self._events.append(delta)
-                taken += 1
-                if reason is not None:
-                    break
+            reason = answer.take(row.tokens, row.logprobs, now, self._events)
         except Exception as fault:  # of a tokenizer or a structure, which are not ours
             reason, error = "error", f"{type(fault).__name__}: {fault}"
+        taken = len(sequence.tokens) - known
         self._scheduler.decoded(sequence, taken, row.planned)
-        self._by_model[answer.model.name]["decode"] += taken
-        self._note(answer, "decode", now, tokens=taken)
+        self._journal.decoded(answer, taken, now)
         if row.broken and reason is None:
             reason = "error"
             error = f"The logits of {answer.model.name} are not finite (NaN or infinity)."
@@ -459,14 +428,12 @@ class Engine:
         if not self._active[id]:
             del self._active[id]
         self._models.release(answer.model)
-        self._by_model[answer.model.name][reason] += 1
-        self._by_model.fold(self._models.names, self._scheduler.preempted)
-        self._note(answer, reason, now)
+        self._journal.ended(answer, reason, now)
+        self._journal.fold(self._models.names)
 
     def _queue(self, answer: Answer) -> None:
         sequence = answer.sequence
         self._scheduler.add(sequence)
-        self._by_model[answer.model.name]["submitted"] += 1
         self._models.hold(answer.model)
         self._answers[sequence] = answer
         self._active.setdefault(sequence.id[0], []).append(answer)
@@ -477,24 +444,4 @@ class Engine:
                 left = [d for d in self._deadlines if d[2].sequence in self._answers]
                 heapq.heapify(left)
                 self._deadlines = left
-        self._note(answer, "submitted", answer.timings.submitted, model=answer.model.name)
-
-    def _note_plan(self, plan: Plan) -> None:
-        now = self._clock()
-        for sequence in plan.preempted:
-            self._note(self._answers[sequence], "preempted", now)
-        for sequence in plan.admitted:
-            answer = self._answers[sequence]
-            self._note(answer, "admitted", now, reused=sequence.found)
-            if answer.timings.started is None:
-                answer.timings = dataclasses.replace(answer.timings, started=now)
-                self._by_model[sequence.model]["prompt"] += sequence.prompt_length
-                self._by_model[sequence.model]["reused"] += sequence.reused or 0
-        for chunk in plan.prefills:
-            answer = self._answers[chunk.sequence]
-            self._by_model[chunk.sequence.model]["prefill"] += chunk.count
-            self._note(answer, "prefill", now, start=chunk.start, tokens=chunk.count)
-
-    def _note(self, answer: Answer, event: str, time_s: float, **details: Any) -> None:
-        if self._timeline is not None:
-            self._timeline.note(*answer.sequence.id, event, time_s, **details)
+        self._journal.submitted(answer)

@@ -40,9 +40,9 @@ def bank_for(adapters: Sequence[Adapter]) -> AdapterBank:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A name that requests can ask for.
+    """A name that requests can ask for, with what it stood for when it was added.
 
     Attributes:
       name: unique in the engine.
