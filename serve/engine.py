@@ -37,7 +37,7 @@ from jaxcodec.serve.request import (
 )
 from jaxcodec.serve.runner import Launch, LaunchedRow, Runner, cache_pages
 from jaxcodec.serve.scheduler import Scheduler
-from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
+from jaxcodec.serve.served_models import DEFAULT_BANK, PreparedModel, ServedModels
 from jaxcodec.serve.statistics import EngineStats
 from jaxcodec.serve.structured import Grammars, Progress
 from jaxcodec.serve.timeline import Timeline
@@ -149,7 +149,29 @@ class Engine:
             is not an adapter, or whose adapter writes the cache; a model of another architecture
             than the base's; an adapter that does not fit it, or the bank.
         """
-        self._models.add(name, scheme, adapter, model)
+        self.add_prepared(self.prepare_model(name, scheme, adapter=adapter, model=model))
+
+    def prepare_model(
+        self,
+        name: str,
+        scheme: Scheme,
+        *,
+        adapter: Adapter | None = None,
+        model: Model | None = None,
+    ) -> PreparedModel:
+        """The part of `add_model` that takes time: to check and to hash the weights.
+
+        It may be done in any thread while the engine steps in another. Raises as `add_model`.
+        """
+        return self._models.prepare(name, scheme, adapter, model)
+
+    def add_prepared(self, prepared: PreparedModel) -> None:
+        """The rest of `add_model`.
+
+        Raises:
+          ValueError: the name is taken.
+        """
+        self._models.add(prepared)
 
     def remove_model(self, name: str) -> None:
         """Serve a model no more; requests that it has are answered as if nothing had happened.
