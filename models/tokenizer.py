@@ -1,8 +1,8 @@
 """Text to token ids and back: what training and serving need, and that of a model directory."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -132,21 +132,59 @@ class PretrainedTokenizer:
         """Text of tokens, special ones left out."""
         return self._decode(list(tokens))
 
+    @functools.cached_property
+    def token_bytes(self) -> Mapping[int, bytes] | None:
+        """What each token adds to the UTF-8 of a text, if that is all that `decode` looks at.
+
+        So it is for byte-level BPE (GPT-2's; Llama 3, Qwen); None for other tokenizers, which drop
+        spaces or treat the beginning of a text apart. Tokens that are not in it add nothing.
+        """
+        if not _decodes_plainly(self.pretrained):
+            return None
+        backend = self.pretrained.backend_tokenizer
+        if type(backend.decoder).__name__ != "ByteLevel":
+            return None
+        special = {id for id, token in backend.get_added_tokens_decoder().items() if token.special}
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        return {id: _bytes_of(token) for token, id in vocabulary.items() if id not in special}
+
+
+# GPT-2 (Radford et al. 2019, section 2.2) writes bytes that are printable characters of Latin-1 as
+# those, and the others, in order, as the characters from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = tuple(byte for byte in range(256) if byte not in _PRINTABLE)
+_BYTES = {chr(byte): byte for byte in _PRINTABLE}
+_BYTES |= {chr(256 + i): byte for i, byte in enumerate(_OTHERS)}
+
+
+def _bytes_of(token: str) -> bytes:
+    """Those that a token of a byte-level vocabulary stands for; one that is added is itself."""
+    if all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return token.encode()
+
 
 def _decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """Text of tokens, special ones left out, and else as it is."""
+    if _decodes_plainly(tokenizer):
+        # What transformers would call; it takes twice as long again to get there, and a server
+        # decodes at every token of every request.
+        return functools.partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
+    return functools.partial(
+        tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+
+
+def _decodes_plainly(tokenizer: Any) -> bool:
+    """Whether transformers adds nothing to what the tokenizer beneath it decodes."""
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
     kind = type(tokenizer)
-    if (
+    return (
         isinstance(tokenizer, PreTrainedTokenizerFast)
         and kind.decode is PreTrainedTokenizerBase.decode
         and kind._decode is PreTrainedTokenizerFast._decode
-    ):
-        # What transformers would call; it takes twice as long again to get there, and a server
-        # decodes at every token of every request.
-        return partial(tokenizer.backend_tokenizer.decode, skip_special_tokens=True)
-    return partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
 
 
 def _auto_tokenizer() -> Any:

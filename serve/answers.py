@@ -1,6 +1,7 @@
 """One response to a request, from its submission to its end: what the host knows of it."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from jaxcodec.serve.detokenizer import TextStream
 from jaxcodec.serve.plan import Sequence
 from jaxcodec.serve.request import (
+    Event,
     FinishReason,
     Request,
     RequestOutput,
@@ -86,37 +88,43 @@ class Answer:
             self.timings = dataclasses.replace(self.timings, started=now)
 
     def take(
-        self, token: int, place: int, arrays: TokenArrays | None, now: float
-    ) -> tuple[TextDelta, FinishReason | None]:
-        """What one more token means.
+        self, new: Iterable[int], arrays: TokenArrays | None, now: float, events: list[Event]
+    ) -> FinishReason | None:
+        """Take in new tokens, up to the one that the response ends with.
+
+        Whatever the tokenizer or the structure raises, the tokens before it have been taken in.
 
         Args:
-          place: its place in the launch, for `arrays`.
+          arrays: of the new tokens, if log probabilities are asked for.
+          events: get each token with what text it makes certain.
 
         Returns:
-          (the token with what text it makes certain, why the response ends with it if it does).
+          why the response ends, if it does.
         """
-        sequence = self.sequence
-        if self.timings.first_token is None:
-            self.timings = dataclasses.replace(self.timings, first_token=now)
+        tokens, limit = self.sequence.tokens, self.sequence.limit
+        id, index = self.sequence.id
+        stream, progress, stop_ids = self._stream, self.progress, self._stop_ids
         reason: FinishReason | None = None
-        if self.progress is not None:
-            self.progress.advance(token)
-        if token in self._stop_ids or (self.progress is not None and self.progress.ended):
-            reason = "stop"
-        text = ""
-        if self._stream is not None:
-            text = "" if token in self._stop_ids else self._stream.push(token)
-            if self._stream.stopped:
-                reason = "stop"
-        sequence.tokens.append(token)
-        if reason is None and len(sequence.tokens) >= sequence.limit:
-            reason = "length"
-        if reason is not None and self._stream is not None:
-            text += self._stream.finish()
-        logprobs = None if arrays is None else self._logprobs_of(arrays, place)
-        id, index = sequence.id
-        return TextDelta(id, token, text, index, logprobs), reason
+        for place, token in enumerate(new):
+            stops = token in stop_ids
+            if progress is not None:
+                progress.advance(token)
+                stops |= progress.ended
+            text = ""
+            if stream is not None:
+                text = "" if token in stop_ids else stream.push(token)
+                stops |= stream.stopped
+            if stops or len(tokens) + 1 >= limit:
+                reason = "stop" if stops else "length"
+                text += "" if stream is None else stream.finish()
+            logprobs = None if arrays is None else self._logprobs_of(arrays, place)
+            tokens.append(token)
+            events.append(TextDelta(id, token, text, index, logprobs))
+            if reason is not None:
+                break
+        if self.timings.first_token is None and len(tokens) > self.sequence.prompt_length:
+            self.timings = dataclasses.replace(self.timings, first_token=now)
+        return reason
 
     def score(self, arrays: TokenArrays | None) -> FinishReason | None:
         """Take in the log probabilities of the next tokens of a given response.

@@ -8,6 +8,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jaxcodec.models.lora import Adapter
+from jaxcodec.models.scheme import Scheme
+from jaxcodec.models.transformer import Model
 from jaxcodec.serve.engine import Engine
 from jaxcodec.serve.request import Event, Request, RequestOutput
 
@@ -16,7 +19,8 @@ class AsyncEngine:
     """Serves an engine while its `async with` block lasts, once.
 
     All that is done to the engine is done in one thread, one thing after the other, so that the
-    engine needs no lock and the event loop never waits for the device.
+    engine needs no lock and the event loop never waits for the device. What only reads it and takes
+    time, to prepare a model, is done in another.
 
     Args:
       engine: nobody else may use it meanwhile, but through `call`.
@@ -93,6 +97,19 @@ class AsyncEngine:
           ValueError: no request of that id is being served.
         """
         await self.call(self._engine.cancel, id)
+
+    async def add_model(
+        self,
+        name: str,
+        scheme: Scheme,
+        *,
+        adapter: Adapter | None = None,
+        model: Model | None = None,
+    ) -> None:
+        """As `Engine.add_model`; others are served while the weights are checked and hashed."""
+        prepare = self._engine.prepare_model
+        prepared = await asyncio.to_thread(prepare, name, scheme, adapter=adapter, model=model)
+        await self.call(self._engine.add_prepared, prepared)
 
     async def call[T](self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         """Call something of the engine, such as `add_model` or `stats`, between two steps.

@@ -5,15 +5,12 @@ before that has made. Queues, pages and prefixes are plain Python beneath it; th
 runner's.
 """
 
-import collections
 import contextlib
-import dataclasses
 import heapq
 import itertools
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from jaxcodec.models.cache import KVCache, pages_for
 from jaxcodec.models.layers import AdapterBank
@@ -24,7 +21,8 @@ from jaxcodec.models.transformer import Model
 from jaxcodec.serve.answers import Answer
 from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
-from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
+from jaxcodec.serve.journal import Journal
+from jaxcodec.serve.plan import NO_ROW, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
 from jaxcodec.serve.prompts import RequestTokens, request_tokens
 from jaxcodec.serve.request import (
@@ -39,8 +37,8 @@ from jaxcodec.serve.request import (
 )
 from jaxcodec.serve.runner import Launch, LaunchedRow, Runner, cache_pages
 from jaxcodec.serve.scheduler import Scheduler
-from jaxcodec.serve.served_models import DEFAULT_BANK, ServedModels
-from jaxcodec.serve.statistics import EngineStats, ModelCounts
+from jaxcodec.serve.served_models import DEFAULT_BANK, PreparedModel, ServedModels
+from jaxcodec.serve.statistics import EngineStats
 from jaxcodec.serve.structured import Grammars, Progress
 from jaxcodec.serve.timeline import Timeline
 
@@ -112,7 +110,8 @@ class Engine:
             base.config, self._models, self._grammars, buckets, cache, max_batch, decode_steps
         )
         self._max_waiting = max_waiting
-        self._timeline, self._clock, self._made = timeline, clock, clock()
+        self._clock = clock
+        self._journal = Journal(self._scheduler, timeline, clock)
         self._active: dict[str, list[Answer]] = {}  # by id, in order of submission
         self._answers: dict[Sequence, Answer] = {}
         self._deadlines: list[tuple[float, int, Answer]] = []
@@ -122,8 +121,6 @@ class Engine:
         self._advancing: tuple[Answer, int, int] | None = None
         self._broken: str | None = None  # why nobody can be served any more
         self._number = itertools.count(1)
-        self._counts: collections.Counter[str] = collections.Counter()
-        self._by_model = ModelCounts()
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -152,7 +149,29 @@ class Engine:
             is not an adapter, or whose adapter writes the cache; a model of another architecture
             than the base's; an adapter that does not fit it, or the bank.
         """
-        self._models.add(name, scheme, adapter, model)
+        self.add_prepared(self.prepare_model(name, scheme, adapter=adapter, model=model))
+
+    def prepare_model(
+        self,
+        name: str,
+        scheme: Scheme,
+        *,
+        adapter: Adapter | None = None,
+        model: Model | None = None,
+    ) -> PreparedModel:
+        """The part of `add_model` that takes time: to check and to hash the weights.
+
+        It may be done in any thread while the engine steps in another. Raises as `add_model`.
+        """
+        return self._models.prepare(name, scheme, adapter, model)
+
+    def add_prepared(self, prepared: PreparedModel) -> None:
+        """The rest of `add_model`.
+
+        Raises:
+          ValueError: the name is taken.
+        """
+        self._models.add(prepared)
 
     def remove_model(self, name: str) -> None:
         """Serve a model no more; requests that it has are answered as if nothing had happened.
@@ -163,7 +182,7 @@ class Engine:
           ValueError: there is no such model, or it is the base.
         """
         self._models.remove(name)
-        self._by_model.fold(self._models.names, self._scheduler.preempted)
+        self._journal.fold(self._models.names)
 
     def pin(self, name: str, pinned: bool = True) -> None:
         """Keep a model's adapter in its slot, whatever else is asked for; or no more.
@@ -207,7 +226,7 @@ class Engine:
         if count > self._max_waiting:
             raise ValueError(f"n is {count}, but the queue holds {self._max_waiting} responses.")
         if waiting + count > self._max_waiting:
-            self._counts["rejected"] += 1
+            self._journal.rejected += 1
             raise QueueFull(
                 f"{waiting} responses wait, of at most {self._max_waiting}: there is no room for "
                 f"{count} more."
@@ -253,7 +272,7 @@ class Engine:
         return events
 
     def _step(self) -> None:
-        self._counts["steps"] += 1
+        self._journal.steps += 1
         self._expire()
         plan = self._scheduler.plan(settled=not self._flying)
         if self._flying and (plan is None or plan.empty):  # all depends on what is on its way
@@ -262,40 +281,17 @@ class Engine:
         assert plan is not None, "a settled scheduler has a plan"
         moves = self._events or plan.preempted or not plan.empty
         assert moves or not self._scheduler.waiting, "the scheduler has stalled"
-        self._note_plan(plan)
+        self._journal.planned(plan, self._answers)
         launches = self._runner.run(plan, self._answers)
         self._collect()
         self._flying = launches
         if not self._active:
             self._scheduler.check_idle()
-        if self._timeline is not None:
-            self._timeline.counter(
-                self._clock(),
-                waiting=len(self._scheduler.waiting),
-                running=len(self._scheduler.running),
-                free_pages=self._scheduler.pool.free,
-                prefill_tokens=sum(chunk.count for chunk in plan.prefills),
-                decode_tokens=sum(count for _, count in plan.decodes),
-            )
+        self._journal.stepped(plan)
 
     def stats(self) -> EngineStats:
         """Counts up to now."""
-        scheduler, counts = self._scheduler, self._counts
-        waiting = collections.Counter(s.model for s in scheduler.waiting)
-        running = collections.Counter(s.model for s in scheduler.running)
-        models = self._by_model.stats(waiting, running, scheduler.preempted)
-        return EngineStats.of(
-            models,
-            scheduler.counts(),
-            seconds=self._clock() - self._made,
-            steps=counts["steps"],
-            launches=self._runner.launches,
-            rejected=counts["rejected"],
-            evictions=scheduler.evictions,
-            offloaded=scheduler.host.offloaded,
-            restored=scheduler.host.restored,
-            adapter_loads=self._models.slots.loads,
-        )
+        return self._journal.stats(self._runner.launches, self._models.slots.loads)
 
     def check(self) -> None:
         """Verify that no page, row or slot is lost or in two places.
@@ -385,7 +381,7 @@ class Engine:
         now = self._clock()
         for sequence in self._scheduler.running:
             if sequence in self._answers:
-                self._note(self._answers[sequence], "preempted", now)
+                self._journal.preempted(self._answers[sequence], now)
         self._active = {}
         for answer in self._answers.values():
             self._active.setdefault(answer.sequence.id[0], []).append(answer)
@@ -420,21 +416,19 @@ class Engine:
 
     def _advance(self, row: LaunchedRow, now: float) -> None:
         """What the new tokens of a response mean; a fault in one response is that one's alone."""
-        answer, reason, error, taken = row.answer, None, None, 0
+        answer, reason, error = row.answer, None, None
         sequence = answer.sequence
+        known = len(sequence.tokens)
         try:
-            reason = answer.score(row.logprobs) if answer.given else None
-            for place, token in enumerate(row.tokens):
-                delta, reason = answer.take(token, place, row.logprobs, now)
-                self._events.append(delta)
-                taken += 1
-                if reason is not None:
-                    break
+            if answer.given:
+                reason = answer.score(row.logprobs)
+            else:
+                reason = answer.take(row.tokens, row.logprobs, now, self._events)
         except Exception as fault:  # of a tokenizer or a structure, which are not ours
             reason, error = "error", f"{type(fault).__name__}: {fault}"
+        taken = len(sequence.tokens) - known
         self._scheduler.decoded(sequence, taken, row.planned)
-        self._by_model[answer.model.name]["decode"] += taken
-        self._note(answer, "decode", now, tokens=taken)
+        self._journal.decoded(answer, taken, now)
         if row.broken and reason is None:
             reason = "error"
             error = f"The logits of {answer.model.name} are not finite (NaN or infinity)."
@@ -459,14 +453,12 @@ class Engine:
         if not self._active[id]:
             del self._active[id]
         self._models.release(answer.model)
-        self._by_model[answer.model.name][reason] += 1
-        self._by_model.fold(self._models.names, self._scheduler.preempted)
-        self._note(answer, reason, now)
+        self._journal.ended(answer, reason, now)
+        self._journal.fold(self._models.names)
 
     def _queue(self, answer: Answer) -> None:
         sequence = answer.sequence
         self._scheduler.add(sequence)
-        self._by_model[answer.model.name]["submitted"] += 1
         self._models.hold(answer.model)
         self._answers[sequence] = answer
         self._active.setdefault(sequence.id[0], []).append(answer)
@@ -477,24 +469,4 @@ class Engine:
                 left = [d for d in self._deadlines if d[2].sequence in self._answers]
                 heapq.heapify(left)
                 self._deadlines = left
-        self._note(answer, "submitted", answer.timings.submitted, model=answer.model.name)
-
-    def _note_plan(self, plan: Plan) -> None:
-        now = self._clock()
-        for sequence in plan.preempted:
-            self._note(self._answers[sequence], "preempted", now)
-        for sequence in plan.admitted:
-            answer = self._answers[sequence]
-            self._note(answer, "admitted", now, reused=sequence.found)
-            if answer.timings.started is None:
-                answer.timings = dataclasses.replace(answer.timings, started=now)
-                self._by_model[sequence.model]["prompt"] += sequence.prompt_length
-                self._by_model[sequence.model]["reused"] += sequence.reused or 0
-        for chunk in plan.prefills:
-            answer = self._answers[chunk.sequence]
-            self._by_model[chunk.sequence.model]["prefill"] += chunk.count
-            self._note(answer, "prefill", now, start=chunk.start, tokens=chunk.count)
-
-    def _note(self, answer: Answer, event: str, time_s: float, **details: Any) -> None:
-        if self._timeline is not None:
-            self._timeline.note(*answer.sequence.id, event, time_s, **details)
+        self._journal.submitted(answer)

@@ -358,9 +358,8 @@ class TokenLogprobs(NamedTuple):
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class TextDelta:
-    """A token of a request that goes on.
+class TextDelta(NamedTuple):
+    """A token of a request that goes on; a tuple, for there are thousands of them in a step.
 
     Attributes:
       id: the request's.

@@ -74,8 +74,8 @@ class Launch:
             *tokens, count, broken = numbers[b]
             logprobs = None
             if arrays is not None and answer.request.sampling.logprobs is not None:
-                logprobs = TokenArrays(*(a[b, :count] for a in arrays))
-            yield LaunchedRow(answer, planned, tokens[:count], bool(broken), logprobs)
+                logprobs = TokenArrays(*[a[b, :count] for a in arrays])
+            yield LaunchedRow(answer, planned, tokens[:count], broken > 0, logprobs)
 
     @property
     def _has_logprobs(self) -> bool:
@@ -285,8 +285,8 @@ class Runner:
             if sequence.moved:
                 self._rows.set_pages(sequence.row, sequence.pages)
                 sequence.moved = False
-        variant = max(answer.variant for answer, _ in rows)
-        shape = self._buckets.decode(len(rows), max(len(s.pages) for s in sequences))
+        variant = max([answer.variant for answer, _ in rows])
+        shape = self._buckets.decode(len(rows), max([len(s.pages) for s in sequences]))
         numbers = self._rows.launch([s.row for s in sequences], [n for _, n in rows], *shape)
         model = self._models.weights(weights)
         made, self._cache, self._state = self._programs.run(
@@ -298,7 +298,7 @@ class Runner:
             numbers,
             self._sampling.batch(numbers[:, 0], self._masks(variant, rows, shape[0])),
             tree=model.tree,
-            layout=self._models.layout(answer.model for answer, _ in rows),
+            layout=self._models.layout({answer.model for answer, _ in rows}),
             variant=variant,
             steps=self._decode_steps,
         )

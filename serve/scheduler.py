@@ -112,26 +112,32 @@ class Scheduler:
             steps = self._grow(settled, preempted)
         if not steps:
             return None
+        decodes = self._decodes(self.running, steps)
+        behind = [s for s in self.running if s.to_prefill]
         # A token for each that decodes, one more for each whose prompt may be done in this step.
-        budget = self.step_tokens - sum(s.to_decode > 0 for s in self.running)
-        behind = sum(s.to_prefill > 0 for s in self.running)
-        for sequence in self.running:
-            if sequence.to_prefill and budget > 1:
-                behind -= 1
-                budget -= 1 + self._prefill(sequence, self._chunk(budget - 1, behind), prefills)
+        budget = self.step_tokens - len(decodes)
+        for i, sequence in enumerate(behind, start=1):
+            if budget > 1:
+                most = self._chunk(budget - 1, len(behind) - i)
+                budget -= 1 + self._prefill(sequence, most, prefills)
         # Whoever was just pushed out must not take the freed pages back in the same breath.
         while not preempted and budget > 1 and (sequence := self._admit(loads)):
             admitted.append(sequence)
             budget -= 1 + self._prefill(sequence, self._chunk(budget - 1, 0), prefills)
-        for sequence in (
-            self.running if budget > 1 else ()
-        ):  # what was left for others, who took less
-            budget -= self._prefill(sequence, budget, prefills)
-        decodes = [(s, min(steps, s.to_decode)) for s in self.running if s.to_decode > 0]
+        behind += admitted
+        if budget > 1:  # what was left for others, who took less
+            for sequence in behind:
+                budget -= self._prefill(sequence, budget, prefills)
+        decodes += self._decodes(behind, steps)
         for sequence, count in decodes:
             sequence.pending += count
         self.peak = max(self.peak, self.pool.total - self.pool.free)
         return Plan(preempted, admitted, self.host.copies(), loads, prefills, decodes)
+
+    @staticmethod
+    def _decodes(sequences: Iterable[Sequence], steps: int) -> list[tuple[Sequence, int]]:
+        """Those of some sequences that decode next, each with the tokens to add."""
+        return [(s, min(steps, left)) for s in sequences if (left := s.to_decode) > 0]
 
     @property
     def preemptions(self) -> int:
@@ -261,13 +267,15 @@ class Scheduler:
         Whoever finds no pages has the least urgent one pushed out, itself perhaps. Returns 0 where
         that would have to happen, but is not settled.
         """
-        idle = not self.waiting and not any(s.to_prefill or s.needs_host for s in self.running)
-        steps = self.decode_steps if idle else 1
+        steps = self.decode_steps
+        if self.waiting or any(s.to_prefill or s.needs_host for s in self.running):
+            steps = 1
+        growing = self._growing(steps)
         if steps > 1:
-            short = sum(self._short_of(s, steps) for s in self.running)
+            short = sum(self._short_of(s, steps) for s in growing)
             if short > self.pool.free + self.tree.evictable:
-                steps = 1
-        for sequence in list(self.running):
+                steps, growing = 1, self._growing(1)
+        for sequence in growing:
             while sequence.node and (short := self._short_of(sequence, steps)):
                 if self._make_room(short):
                     sequence.pages += self.pool.take(short)
@@ -277,6 +285,11 @@ class Scheduler:
                 else:
                     return 0
         return steps
+
+    def _growing(self, steps: int) -> list[Sequence]:
+        """Running sequences that may lack pages to add so many tokens; the others do not."""
+        size = self.page_size
+        return [s for s in self.running if s.cached + s.pending + steps > len(s.pages) * size]
 
     def _short_of(self, sequence: Sequence, steps: int) -> int:
         """Pages that it lacks to add so many tokens."""

@@ -40,9 +40,9 @@ def bank_for(adapters: Sequence[Adapter]) -> AdapterBank:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ServedModel:
-    """A name that requests can ask for.
+    """A name that requests can ask for, with what it stood for when it was added.
 
     Attributes:
       name: unique in the engine.
@@ -69,6 +69,25 @@ class ServedModel:
     def adapted_writer(self) -> bool:
         """Whether its adapter writes its responses."""
         return self.adapter is not None and self.scheme.response_writer == "self"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PreparedModel:
+    """A model that has been checked and hashed, and is not served yet.
+
+    Attributes:
+      name: under which it is to be served.
+      scheme: who writes its prompts and responses.
+      namespace: content hash of its own weights.
+      model: what answers: itself, or the base with room for adapters.
+      values: of an adapter, as `slot_values` gives them; None for a full model.
+    """
+
+    name: str
+    scheme: Scheme
+    namespace: str
+    model: Model
+    values: list[np.ndarray] | None
 
 
 class Weights:
@@ -176,31 +195,42 @@ class ServedModels:
         models = self._by_name.values()
         return sorted({self.writer(model, prompt) for model in models for prompt in (True, False)})
 
-    def add(
+    def prepare(
         self,
         name: str,
         scheme: Scheme,
         adapter: Adapter | None = None,
         model: Model | None = None,
-    ) -> None:
-        """See `Engine.add_model`."""
-        if not name or name in self._by_name:
-            raise ValueError(f"A model needs a name of its own, got {name!r}.")
+    ) -> "PreparedModel":
+        """See `Engine.prepare_model`; changes nothing."""
         if adapter is not None and model is None:
             if scheme == ICARUS:
                 check_icarus(adapter)
+            base = self._weights[BASE].model
+            base = base if base.bank is not None else with_bank(base, self._bank)
+            values = slot_values(base, adapter)
             own = adapted_namespace(self._namespace, adapter)
-            base = self._with_adapter(own, adapter)
-            weights, key, answering = BASE, own, base
-        elif model is not None and adapter is None:
+            return PreparedModel(name, scheme, own, base, values)
+        if model is not None and adapter is None:
             self._check_full(name, scheme, model)
-            own = namespace(model)
-            self._weights.setdefault(own, Weights(model))
-            weights, key, answering = own, None, model
+            return PreparedModel(name, scheme, namespace(model), model, None)
+        raise ValueError(f"{name}: give an adapter or a model, and not both.")
+
+    def add(self, new: "PreparedModel") -> None:
+        """See `Engine.add_prepared`."""
+        name, own = new.name, new.namespace
+        if not name or name in self._by_name:
+            raise ValueError(f"A model needs a name of its own, got {name!r}.")
+        if new.values is not None:
+            if self._weights[BASE].model.bank is None:
+                self._weights[BASE] = Weights(new.model)
+            self._adapters.setdefault(own, new.values)
+            weights, adapter = BASE, own
         else:
-            raise ValueError(f"{name}: give an adapter or a model, and not both.")
-        written_by = self._namespace if scheme.prompt_writer == "base" else own
-        self._register(name, scheme, weights, key, written_by, answering)
+            self._weights.setdefault(own, Weights(new.model))
+            weights, adapter = own, None
+        written_by = self._namespace if new.scheme.prompt_writer == "base" else own
+        self._register(name, new.scheme, weights, adapter, written_by, new.model)
 
     def remove(self, name: str) -> None:
         """See `Engine.remove_model`."""
@@ -242,16 +272,6 @@ class ServedModels:
         base = self._weights[BASE]
         if (model := base.model).bank is not None:
             base.load(slot_values(model, None), 0)
-
-    def _with_adapter(self, key: str, adapter: Adapter) -> Model:
-        """The base with room for adapters, once this one is known to fit."""
-        base = self._weights[BASE].model
-        banked = base if base.bank is not None else with_bank(base, self._bank)
-        values = slot_values(banked, adapter)
-        if base.bank is None:
-            self._weights[BASE] = Weights(banked)
-        self._adapters.setdefault(key, values)
-        return banked
 
     def _register(
         self,

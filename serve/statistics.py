@@ -2,10 +2,10 @@
 
 import collections
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, get_args
 
-from jaxcodec.serve.plan import PageCounts
+from jaxcodec.serve.plan import PageCounts, Sequence
 from jaxcodec.serve.request import FinishReason
 
 REMOVED = "(removed)"  # where the models that are served no more are counted
@@ -92,15 +92,17 @@ class ModelCounts(collections.defaultdict[str, collections.Counter[str]]):
 
     def stats(
         self,
-        waiting: Mapping[str, int],
-        running: Mapping[str, int],
+        waiting: Iterable[Sequence],
+        running: Iterable[Sequence],
         preempted: Mapping[str, int],
     ) -> dict[str, ModelStats]:
         """As values, with what there is of each model now."""
+        waits = collections.Counter(sequence.model for sequence in waiting)
+        runs = collections.Counter(sequence.model for sequence in running)
         return {
             name: ModelStats(
-                waiting=waiting[name],
-                running=running[name],
+                waiting=waits[name],
+                running=runs[name],
                 finished={reason: n for reason in get_args(FinishReason) if (n := own[reason])},
                 prompt_tokens=own["prompt"],
                 reused_tokens=own["reused"],

@@ -1,35 +1,61 @@
 """The engine's benchmark, on a model that is made in no time."""
 
-import dataclasses
+import json
+import sys
 
 import pytest
 
 from benchmarks import engine
 from benchmarks.cases import DENSE
-from benchmarks.decode_step import LLAMA_8B
+from benchmarks.engine import Options
+
+SMALL = {"tiny": True, "models": 2, "context": 32, "turn": 8, "new": 8}
 
 
-def test_a_record_counts_what_was_served(monkeypatch):
-    for name, value in {"SHARED": 32, "OWN": 9, "NEW": 4, "POSITIONS": 64, "MODELS": 2}.items():
-        monkeypatch.setattr(engine, name, value)
-    config = dataclasses.replace(
-        LLAMA_8B,
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_layers=1,
-        windows=(None,),
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=32,
-        max_positions=64,
-    )
-    (record,) = engine.measure(config, DENSE, (4,))
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> dict[str, dict]:
+    """Of both modes, by mode."""
+    out = tmp_path_factory.mktemp("engine")
+    options = Options(out=out, specs=(DENSE,), **SMALL)
+    return {mode: [*engine.measure(options, DENSE, mode, 3)][-1] for mode in engine.MODES}
+
+
+def test_private_caches_read_again_what_a_shared_one_has(records) -> None:
+    # Both turns' prompts but for their last tokens; the second turn finds the full pages of the
+    # first's 39 tokens.
+    asked = 3 * (31 + 47)
+    assert records["private"]["prefill_tokens"] == asked
+    assert records["shared"]["prefill_tokens"] == asked - 3 * 32
+    assert records["shared"]["reused_tokens"] == 3 * 32
+    assert records["private"]["reused_tokens"] == 0
+    assert records["shared"]["pages"] < records["private"]["pages"]
+
+
+@pytest.mark.parametrize("mode", engine.MODES)
+def test_a_record_tells_what_a_new_device_does(records, mode) -> None:
+    record = records[mode]
     assert "error" not in record
-    # The prefix once, the rest of each prompt; the last token of a prompt is the first step's.
-    assert record["prefill_tokens"] == 32 + 4 * 8
-    assert record["reused_tokens"] == 3 * 32
+    assert record["programs"] >= 3
+    assert record["compilations_after_warm_up"] == 0
+    assert record["not_in_place_gb"] <= 0.1 * record["pool_gb"]
+    assert record["temporary_gb"] < record["pool_gb"]
     assert record["ttft_worst_ms"] >= record["ttft_median_ms"] > 0
-    assert record["tokens_per_second"] == pytest.approx(4 * 4 / record["seconds"], rel=0.1)
-    (failure,) = engine.measure(config, DENSE, (0,))
-    assert "ValueError" in failure["error"]
+    assert record["longest_wait_ms"] >= record["itl_mean_ms"] > 0
+    # the seconds are rounded
+    assert record["tokens_per_second"] == pytest.approx(3 * 2 * 8 / record["seconds"], rel=0.5)
+
+
+def test_what_there_is_no_time_for_is_named(tmp_path, monkeypatch) -> None:
+    out = tmp_path / "engine.json"
+    arguments = ["--out", str(out), "--tiny", "--seconds", "0"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/engine.py", *arguments])
+    engine.main()
+    content = json.loads(out.read_text())
+    assert content["records"] == []
+    assert content["left_out"] == [["m2v8g128", 16, mode] for mode in engine.MODES]
+
+
+def test_a_failure_is_a_record(tmp_path) -> None:
+    options = Options(out=tmp_path, **SMALL)
+    *_, record = engine.measure(options, DENSE, "shared", 0)
+    assert "ValueError" in record["error"]

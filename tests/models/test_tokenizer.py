@@ -41,6 +41,34 @@ def test_decoding_is_that_of_transformers(tokenizer: PretrainedTokenizer) -> Non
         )
 
 
+def test_text_is_that_of_the_tokens_bytes(copy: Path) -> None:
+    definition = json.loads((copy / "tokenizer.json").read_text())
+    ids = {token["id"] for token in definition["added_tokens"]}
+    number = 1 + max(ids.union(definition["model"]["vocab"].values()))
+    added = definition["added_tokens"][0] | {
+        "id": number,
+        "content": "an added ¡é世",
+        "special": False,
+    }
+    definition["added_tokens"].append(added)
+    (copy / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer = PretrainedTokenizer(copy)
+    assert tokenizer.token_bytes is not None
+    assert tokenizer.decode([number]) == "an added ¡é世"
+    rng = random.Random(1)
+    for _ in range(500):
+        tokens = [rng.randrange(number + 3) for _ in range(rng.randrange(12))]
+        joined = b"".join(tokenizer.token_bytes.get(token, b"") for token in tokens)
+        assert joined.decode(errors="replace") == tokenizer.decode(tokens)
+
+
+def test_tokens_that_depend_on_others_have_no_bytes(copy: Path) -> None:
+    definition = json.loads((copy / "tokenizer.json").read_text())
+    definition["decoder"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always"}
+    (copy / "tokenizer.json").write_text(json.dumps(definition))
+    assert PretrainedTokenizer(copy).token_bytes is None
+
+
 def test_a_completion_goes_on_where_the_prompt_stops(tokenizer: PretrainedTokenizer) -> None:
     tokens = [*tokenizer.encode("hello "), *tokenizer.encode_completion("world")]
     assert tokenizer.eos_id not in tokens[1:]

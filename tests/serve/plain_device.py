@@ -79,6 +79,12 @@ class PlainDevice:
         self.flying = flying
         return plan
 
+    def forget(self) -> None:
+        """Lose all that was computed, as in a fault; what is on its way is lost too."""
+        self.flying = []
+        for memory in (self.slots, self._contents, self._host, self._texts):
+            memory.clear()
+
     def collect(self) -> None:
         """Tell the results that are on their way; responses that are complete end."""
         flying, self.flying = self.flying, []

@@ -4,8 +4,12 @@
 
 The shipped base serves six adapters in three slots, and a model of its own, from a pool that holds
 a fraction of what runs. Requests are cancelled, miss their deadlines, do not fit, ask for poisoned
-adapters whose logits are NaN; adapters are taken out and put back under way. Every response must
-be that of the same request alone, or as much of it as there was time for.
+adapters whose logits are NaN; adapters are taken out and put back under way, or others are put in
+under their names. Every response must be that of the same request alone, by the weights that had
+the name when it came, or as much of it as there was time for.
+
+With `--several-shapes` steps are compiled for several sizes, so that a row is computed in other
+company than alone, and in another order: a few responses may differ then, and are counted.
 """
 
 import argparse
@@ -39,6 +43,8 @@ ANSWER = {"type": "object", "properties": {"total": {"type": "integer"}}, "requi
 PAGES = 40  # two or three of the longer contexts, for sixteen rows
 STEP_S = 0.01  # what a step takes by the soak's clock
 PATIENCE = 3000  # steps in which something must end
+# The share of responses that a tie to the last bits of float32 may tip where shapes differ.
+FEW = 1e-3
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -60,24 +66,27 @@ class Soak:
 
     Args:
       engine: with a queue and a pool that are too small, and `clock`.
-      expected: the responses to each request when it runs alone.
-      adapters: what can be taken out and put back.
+      requests: what is asked, again and again.
+      expected: the responses to each of `requests`, and of their `versions`, when it runs alone.
+      adapters: what can be taken out and put back, or swapped.
     """
 
     def __init__(
         self,
         engine: Engine,
         clock: Clock,
+        requests: Sequence[Request],
         expected: dict[Request, list[RequestOutput]],
         adapters: Adapters,
         seed: int,
     ):
         self.engine, self.clock, self.expected = engine, clock, expected
         self.adapters = adapters
+        self._weights = {name: name for name in engine.models}  # whose each name has now
         self.rng = random.Random(seed)
         self.counts: collections.Counter[str] = collections.Counter()
         self.unequal: list[str] = []
-        self._requests = list(expected)
+        self._requests = requests
         self._open: dict[str, Request] = {}
         self._left: dict[str, int] = {}  # responses to come
         self._streamed: dict[tuple[str, int], list[int]] = collections.defaultdict(list)
@@ -131,7 +140,8 @@ class Soak:
             self.counts["queue full"] += 1
             return False
         self.counts["submitted"] += 1
-        self._open[id], self._left[id] = request, request.sampling.n
+        self._open[id] = dataclasses.replace(request, model=self._weights[request.model])
+        self._left[id] = request.sampling.n
         return True
 
     def _cancel(self, id: str) -> None:
@@ -164,10 +174,30 @@ class Soak:
 
     def _reload(self) -> None:
         name = self.rng.choice(list(self.adapters))
-        scheme, adapter = self.adapters[name]
+        self.counts["reloads"] += 1
+        if self.rng.random() < 0.5:
+            now = self._weights[name]
+            self._weights[name] = other(name, self.adapters) if now == name else name
+            self.counts["reloads of other weights"] += 1
+        scheme, adapter = self.adapters[self._weights[name]]
         self.engine.remove_model(name)
         self.engine.add_model(name, scheme, adapter=adapter)
-        self.counts["reloads"] += 1
+
+
+def other(name: str, adapters: Adapters) -> str:
+    """Whose weights are put in under a name: those of the next."""
+    names = list(adapters)
+    return names[(names.index(name) + 1) % len(names)]
+
+
+def versions(requests: Sequence[Request], adapters: Adapters) -> list[Request]:
+    """The requests, and what they are when other weights have their models' names."""
+    swapped = [
+        dataclasses.replace(request, model=other(request.model, adapters))
+        for request in requests
+        if request.model in adapters
+    ]
+    return [*requests, *swapped]
 
 
 def answered_alone(engine: Engine, requests: Sequence[Request]) -> dict[Request, list]:
@@ -220,6 +250,7 @@ def shipped_requests(names: Sequence[str], count: int, seed: int) -> list[Reques
 
 def make_engine(base: Model, tokenizer, adapters: Adapters, full: dict[str, Model], **options):
     """An engine that serves them all."""
+    options = {"buckets": Buckets(rows=(16,), tokens=(64,), pages=(PAGES,))} | options
     engine = Engine(
         base,
         tokenizer,
@@ -229,7 +260,6 @@ def make_engine(base: Model, tokenizer, adapters: Adapters, full: dict[str, Mode
         step_tokens=64,
         decode_steps=4,
         bank=AdapterBank(4, 8, ALL_TARGETS),
-        buckets=Buckets(rows=(16,), tokens=(64,), pages=(PAGES,)),
         **options,
     )
     for name, (scheme, adapter) in adapters.items():
@@ -245,6 +275,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--distinct", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--several-shapes", action="store_true", help="of steps, as by default")
     parser.add_argument("--out", type=Path, help="JSON file of the results")
     options = parser.parse_args()
     base = load_model(WEIGHTS / "base", jnp.float32)
@@ -253,17 +284,20 @@ def main() -> None:
     start = time.perf_counter()
     alone = make_engine(base, tokenizer, adapters, full, share_prefixes=False)
     requests = shipped_requests(alone.models, options.distinct, options.seed)
-    expected = answered_alone(alone, requests)
+    expected = answered_alone(alone, versions(requests, adapters))
     print(f"{len(expected)} requests alone: {time.perf_counter() - start:.0f} s", flush=True)
     clock = Clock()
+    shapes = {"buckets": None} if options.several_shapes else {}
     engine = make_engine(
-        base, tokenizer, adapters, full, max_waiting=200, host_pages=200, clock=clock
+        base, tokenizer, adapters, full, max_waiting=200, host_pages=200, clock=clock, **shapes
     )
+    start = time.perf_counter()
     engine.warm_up()
+    print(f"Warm-up: {time.perf_counter() - start:.0f} s", flush=True)
     compilations: list[str] = []
     count: Callable = lambda event, *_, **__: event == COMPILED and compilations.append(event)
     jax.monitoring.register_event_duration_secs_listener(count)
-    soak = Soak(engine, clock, expected, adapters, options.seed)
+    soak = Soak(engine, clock, requests, expected, adapters, options.seed)
     start = time.perf_counter()
     soak.run(options.requests)
     stats = engine.stats()
@@ -293,10 +327,12 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if options.out is not None:
         command = f"python -m tests.serve.soak --requests {options.requests} --seed {options.seed}"
+        command += " --several-shapes" if options.several_shapes else ""
         about = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         write_json(options.out, {"command": command, **about, "records": [report]})
     print("\n".join(soak.unequal[:5]))
-    assert not soak.unequal, "a response differs from that of the request alone"
+    few = FEW * soak.counts["ended"] if options.several_shapes else 0
+    assert len(soak.unequal) <= few, "a response differs from that of the request alone"
     assert not compilations
 
 

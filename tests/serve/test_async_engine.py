@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import dataclasses
+import threading
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 
 from jaxcodec.models.scheme import ICARUS
+from jaxcodec.serve import served_models
 from jaxcodec.serve.async_engine import AsyncEngine
 from jaxcodec.serve.batch_loop import generate
 from jaxcodec.serve.engine import Engine
@@ -156,12 +158,23 @@ def test_n_responses_come_through_one_stream(engine: Engine) -> None:
     assert sorted(end.index for end in ends) == [0, 1, 2]
 
 
-def test_models_come_and_go_while_others_are_served(engine: Engine, adapters) -> None:
+def test_models_come_and_go_while_others_are_served(engine: Engine, adapters, monkeypatch) -> None:
+    hash_, streamed = served_models.adapted_namespace, threading.Event()
+
+    def slow(*args) -> str:
+        assert streamed.wait(30), "nobody is served meanwhile"
+        return hash_(*args)
+
+    monkeypatch.setattr(served_models, "adapted_namespace", slow)
+
     async def serve() -> None:
         async with AsyncEngine(engine) as served:
             running = served.stream(Request("first", [5], LONG))
-            await anext(running)
-            await served.call(engine.add_model, "new", ICARUS, adapter=adapters["second"])
+            added = asyncio.create_task(served.add_model("new", ICARUS, adapter=adapters["second"]))
+            for _ in range(20):
+                await anext(running)
+            streamed.set()
+            await added
             sampling = SamplingParams(max_tokens=2, ignore_eos=True)
             assert (await collect(served.stream(Request("new", [5], sampling))))[-1].model == "new"
             assert len((await collect(running))[-1].tokens) == 30

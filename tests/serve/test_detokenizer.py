@@ -6,9 +6,19 @@ from pathlib import Path
 import pytest
 
 from jaxcodec.models.tokenizer import PretrainedTokenizer
-from jaxcodec.serve.detokenizer import TextStream
+from jaxcodec.serve.detokenizer import ByteDecoder, TextStream
+from tests.serve.conftest import ByteTokenizer
 
 TEXT = "Grüße, 世界! 👩‍🚀 ends here. tail"
+
+
+@pytest.fixture(params=["windows", "bytes"])
+def tokenizer(request: pytest.FixtureRequest) -> ByteTokenizer:
+    """One that has to decode several tokens together, or one whose tokens are known as bytes."""
+    tokenizer = ByteTokenizer()
+    if request.param == "bytes":
+        tokenizer.token_bytes = {b: bytes([b]) for b in range(1, 256)}
+    return tokenizer
 
 
 def pieces(stream: TextStream, tokens: list[int]) -> list[str]:
@@ -86,6 +96,13 @@ def test_a_stop_text_comes_early_as_text(tokenizer) -> None:
     assert [stream.push(t) for t in b"END"] == ["", "", ""]
     assert stream.stopped
     assert stream.text == "ENDS"
+
+
+def test_a_character_that_the_prompt_begins_is_the_texts() -> None:
+    token_bytes = {b: bytes([b]) for b in range(1, 256)}
+    *begun, last = "a世".encode()
+    decoder = ByteDecoder(token_bytes, begun)
+    assert decoder.push(last) + decoder.finish() == "世"
 
 
 def test_a_token_costs_little_more_than_a_decoding(tokenizer, monkeypatch) -> None:

@@ -1,5 +1,10 @@
 """Whatever the pressure, no page is lost, and every sequence reads what was written for it."""
 
+import collections
+import dataclasses
+import itertools
+from typing import ClassVar
+
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -19,6 +24,12 @@ from jaxcodec.serve.scheduler import WINDOW, Scheduler
 from tests.serve.plain_device import STOPPING, PlainDevice, answer, sequence
 
 PAGE = 4
+# Methods of the page pool and of the device in which a step may fail.
+FAULTS = ("take", "_copy", "_prefill", "_decode")
+
+
+class Fault(Exception):
+    """What a test raises."""
 
 
 def scheduler(
@@ -50,6 +61,7 @@ class Machine(RuleBasedStateMachine):
     """
 
     sequences = Bundle("sequences")
+    faults: ClassVar[collections.Counter[str]] = collections.Counter()  # of all runs, by place
 
     @initialize(
         pages=st.integers(6, 30),
@@ -90,6 +102,26 @@ class Machine(RuleBasedStateMachine):
         for _ in range(count):
             self.device.step()
 
+    @rule(place=st.sampled_from(FAULTS), call=st.integers(0, 3))
+    def fault(self, place: str, call: int) -> None:
+        """A step fails for want of room, or on the device; all that was computed is lost."""
+        owner = self.scheduler.pool if place == "take" else self.device
+        method, number = getattr(owner, place), itertools.count()
+
+        def failing(*args):
+            if next(number) == call:
+                raise Fault
+            return method(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, place, failing)
+            try:
+                self.device.step()
+            except Fault:
+                self.faults[place] += 1
+                self.device.forget()
+                self.scheduler.restart(s for s in self.left if s not in self.device.ended)
+
     @rule(one=sequences, share=st.booleans())
     def take_away(self, one: Sequence, share: bool) -> None:
         if one in self.left and one not in self.device.ended:
@@ -121,6 +153,7 @@ def test_any_load_in_any_order() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+    assert {*Machine.faults} == {*FAULTS}
 
 
 def run_alone(s: Scheduler, one: Sequence) -> int:
@@ -329,6 +362,25 @@ def test_pages_given_up_come_back_from_host_memory() -> None:
         prefilled += sum(chunk.count for chunk in device.step().prefills)
     assert (again.reused, prefilled) == (12, 15 - 12)
     assert s.host.restored > 0
+
+
+def test_after_a_fault_nothing_is_known() -> None:
+    s = scheduler(pages=8, host=8)
+    device = PlainDevice(s)
+    prompt = [1, 2, 3, 1] * 4
+    for one in (sequence("first", prompt, 2), sequence("other", [3, 3] * 12, 2)):
+        s.add(one)
+        drain(device)
+    assert s.counts().host > 0
+    running = sequence("running", prompt, 4, adapter="x")
+    s.add(running)
+    device.step()
+    assert running.reused
+    device.forget()
+    s.restart([running])
+    assert s.counts() == dataclasses.replace(s.counts(), free=8, held=0, cached=0, host=0)
+    drain(device)
+    assert running.tokens == answer(running)
 
 
 def test_what_can_never_run_is_refused() -> None:
