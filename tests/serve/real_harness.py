@@ -32,7 +32,7 @@ from jaxcodec.serve.request import Request, SamplingParams
 pytestmark = pytest.mark.filterwarnings("default")
 
 WEIGHTS = Path(str(files("jaxcodec.demo") / "weights"))
-COUNT, CHOICES, CONTEXT = 12, 4, 512
+COUNT, CHOICES, CONTEXT = 8, 4, 512
 TASKS = {
     "choices": """
 output_type: multiple_choice
@@ -58,6 +58,11 @@ doc_to_target: "{{prompt}}"
 metric_list: [{metric: word_perplexity}]
 """,
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> None:
+    """Not here: these models are large enough for their programs to be worth optimizing."""
 
 
 @pytest.fixture(scope="module")
