@@ -302,7 +302,7 @@ class Engine:
         self._scheduler.check()
 
     def warm_up(self) -> None:
-        """Compile every step that the models served now can ask for."""
+        """Compile every step that the models served now can ask for, but those of scoring."""
         self._check_usable()
         with self._recovering():
             self._runner.warm_up()

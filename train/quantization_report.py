@@ -171,7 +171,7 @@ def read_report(directory: str | Path) -> QuantizationReport:
     try:
         linears = tuple(LinearReport(**linear) for linear in content["linears"])
         blocks = tuple(map(BlockReport.from_json, content.get("blocks", ())))
-        return QuantizationReport(linears, content["nbytes"], blocks)
+        return QuantizationReport(linears, content.get("nbytes", 0), blocks)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a report as quantizing writes it: {error}.") from None
 

@@ -32,7 +32,7 @@ from jaxcodec.serve.request import Request, SamplingParams
 pytestmark = pytest.mark.filterwarnings("default")
 
 WEIGHTS = Path(str(files("jaxcodec.demo") / "weights"))
-COUNT, CHOICES, CONTEXT = 12, 4, 512
+COUNT, CHOICES, CONTEXT = 8, 4, 512
 TASKS = {
     "choices": """
 output_type: multiple_choice
@@ -45,11 +45,10 @@ metric_list: [{metric: acc}]
     "answers": """
 output_type: generate_until
 doc_to_text: "{{prompt}}"
-doc_to_target: "{{choices[0]}}"
+doc_to_target: "{{choices[0].strip()}}"
 target_delimiter: ""
-generation_kwargs: {until: ["\\n###"], max_gen_toks: 48}
+generation_kwargs: {until: ["\\n"], max_gen_toks: 48}
 metric_list: [{metric: exact_match}]
-filter_list: [{name: bare, filter: [{function: take_first}, {function: remove_whitespace}]}]
 """,
     "texts": """
 output_type: loglikelihood_rolling
@@ -60,12 +59,17 @@ metric_list: [{metric: word_perplexity}]
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation() -> None:
+    """Not here: these models are large enough for their programs to be worth optimizing."""
+
+
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
     """Stories, each with its own completion first and those of the stories after it."""
     folder = tmp_path_factory.mktemp("tasks")
-    write_examples(folder, "test", count=COUNT, seed=3)
-    lines = (folder / "compute.test.jsonl").read_text().splitlines()
+    write_examples(folder, "heldout", count=COUNT, seed=3)
+    lines = (folder / "compute.heldout.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     docs = []
     for i, record in enumerate(records):
@@ -152,15 +156,16 @@ def test_choices_are_scored_as_by_the_forward_pass(engine, tasks, logprobs, mode
 
 def test_answers_are_those_of_the_engine(engine, tasks) -> None:
     results, samples = run(engine, "compute", "answers", tasks)
-    sampling = SamplingParams(max_tokens=48, stop=("\n###",))
+    sampling = SamplingParams(max_tokens=48, stop=("\n",))
     requests = [Request("compute", sample["doc"]["prompt"], sampling) for sample in samples]
     texts = [output.text for output in generate(engine, requests)]
     assert [sample["resps"][0][0] for sample in samples] == texts
     right = sum(
-        "".join(text.split()) == "".join(sample["doc"]["choices"][0].split())
+        text == sample["doc"]["choices"][0].strip()
         for text, sample in zip(texts, samples, strict=True)
     )
-    assert results["exact_match,bare"] == pytest.approx(right / COUNT)
+    assert results["exact_match,none"] == pytest.approx(right / COUNT)
+    assert right > 0
 
 
 def test_texts_are_scored_in_the_windows_of_the_harness(engine, tasks, logprobs) -> None:
