@@ -8,8 +8,8 @@ of all codebooks are added, and multiplied by the scale of their group, in float
 rounded. At the end a block adds the sums of its parts.
 
 Where that cannot be, x is brought into float16 before: a bfloat16 x with codebooks in another
-dtype; groups of 16 or 32, whose scales multiply weights in float16; and several codebooks with more
-than 8 rows, which are added in float16 to be multiplied once.
+dtype; groups of 16 or 32, whose scales multiply weights in float16; and several codebooks where it
+is faster to add them in float16 and to multiply once.
 
 Letters: M rows, K input and N output features.
 
@@ -81,21 +81,17 @@ def matmul(
         if reason := refusal(M, K, w.shape[1], spec, x.dtype):
             raise NotImplementedError(f"The mma kernel cannot run: {reason}.")
     wide = [padded(w) for w in weights]
-    tiles = tiles or tiling(M, K, sum(w.shape[1] for w in wide), spec)
+    N = sum(w.shape[1] for w in wide)
+    tiles = tiles or tiling(M, K, N, spec)
+    exact = weights[0].codebooks.dtype == x.dtype and not adds_codebooks(tiles.rows, K, N, spec)
     with jax.named_scope("mma_matmul"):
         factors = None
-        if not _is_native(x, weights[0], tiles.rows):
+        if x.dtype != jnp.float16 and not exact:
             x, factors = halves(x)
         if K % K_TILE:  # of which the copies take whole ones
             x = jnp.pad(x, ((0, 0), (0, -K % K_TILE)))
         results = _kernel(x, factors, wide, tiles, interpret, out_dtype)
         return [y[:, : w.shape[1]] for y, w in zip(results, weights, strict=True)]
-
-
-def _is_native(x: jax.Array, w: CodebookTensor, rows: int) -> bool:
-    """Whether the tensor cores take x as it is: float16, or bfloat16 with exact weights."""
-    exact = w.codebooks.dtype == x.dtype and not adds_codebooks(w.spec, rows)
-    return x.dtype == jnp.float16 or exact
 
 
 def _kernel(

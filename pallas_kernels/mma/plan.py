@@ -36,6 +36,7 @@ ROWS = (8, 16, 32, 64)  # of a block: more would not leave registers for their s
 MAX_ROWS = ROWS[-1]
 STAGES = (8, 4, 2)  # powers of two, by which a remainder is a mask
 CANDIDATES = 6
+FEW_PRODUCTS = 2**29  # 3 us of them; see `adds_codebooks`
 MOST_SCALE_BYTES = 4  # candidates serve weights of every dtype
 
 
@@ -103,14 +104,17 @@ def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str
     return layout.refusal(M, K, N, spec, dtype, most_bits=16)
 
 
-def adds_codebooks(spec: CodebookSpec, rows: int) -> bool:
-    """Whether a block of `rows` adds the vectors of several codebooks in float16, then multiplies.
+def adds_codebooks(rows: int, K: int, N: int, spec: CodebookSpec) -> bool:
+    """Whether blocks of `rows` add the vectors of several codebooks in float16, then multiply once.
 
-    It must where scales multiply weights. Else it need not round: each codebook is multiplied by
-    itself. But products take time of their own from 16 rows on: 72 us so, 54 with one product
-    (m2v8g128, 16 rows, 8192x28672).
+    They must where scales multiply weights. Else each codebook can be multiplied by itself, and
+    nothing is rounded. From 16 rows on products take time of their own, 5e-9 us a row and weight
+    on an H200 (8192x28672, m2v8g128: 72 us against 56 at 16 rows, 114 against 70 at 32); bringing x
+    into float16 takes about 3 us whatever the size.
     """
-    return bool(spec.group_size % K_TILE) or (spec.num_codebooks > 1 and rows > ROWS[0])
+    if spec.group_size % K_TILE:
+        return True
+    return spec.num_codebooks > 1 and rows > ROWS[0] and rows * K * N > FEW_PRODUCTS
 
 
 def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
@@ -194,28 +198,26 @@ class Plan:
       starts: of each weight its first block, and their number.
       tiles: the tiling.
       spec: the format.
+      adds_codebooks: see the function of that name.
     """
 
     steps: int
     starts: tuple[int, ...]
     tiles: Tiling
     spec: CodebookSpec
+    adds_codebooks: bool
 
     @classmethod
     def of(cls, K: int, Ns: Sequence[int], tiles: Tiling, spec: CodebookSpec) -> "Plan":
         """The plan for weights [K, N_i]."""
         starts = np.cumsum([0] + [pl.cdiv(N, tiles.columns) for N in Ns])
-        return cls(pl.cdiv(K, tiles.step), tuple(map(int, starts)), tiles, spec)
+        adds = adds_codebooks(tiles.rows, K, sum(Ns), spec)
+        return cls(pl.cdiv(K, tiles.step), tuple(map(int, starts)), tiles, spec, adds)
 
     @property
     def scales_sums(self) -> bool:
         """Whether scales multiply sums of tiles; else weights, whose column has several groups."""
         return self.spec.group_size % K_TILE == 0
-
-    @property
-    def adds_codebooks(self) -> bool:
-        """See the function of this name."""
-        return adds_codebooks(self.spec, self.tiles.rows)
 
     @property
     def x_transforms(self) -> tuple:
