@@ -101,6 +101,23 @@ def forward(
       float32 [B, T, V]; those at t predict token t + 1. For prefill_share, logits before
       prompt_length - 1 answer no question that serving asks.
     """
+    states = hidden_states(model, tokens, counts, scheme, prompt_lengths, base, slots)
+    return model.module.logits(states)
+
+
+def hidden_states(
+    model: Model,
+    tokens: jax.Array,
+    counts: jax.Array,
+    scheme: Scheme = CONVENTIONAL,
+    prompt_lengths: jax.Array | None = None,
+    base: Model | None = None,
+    slots: jax.Array | None = None,
+) -> jax.Array:
+    """What `forward` makes its logits of, [B, T, D]: for whoever has no room for all of them.
+
+    Arguments and errors are those of `forward`; not jitted.
+    """
     _check_slots(model, slots)
     B, T = tokens.shape
     table = identity_table(B, T, PAGE_SIZE)
@@ -113,8 +130,7 @@ def forward(
         cache = jax.lax.stop_gradient(prefill(base, cache, table, tokens, write_from))
     elif base is not None:
         raise ValueError("Only prefill_share takes a base apart; icarus holds it in the model.")
-    module = model.module
-    hidden, _ = module(
+    hidden, _ = model.module(
         tokens,
         cache,
         table,
@@ -123,7 +139,7 @@ def forward(
         streams=scheme.streams,
         write_from=write_from,
     )
-    return module.logits(hidden)
+    return hidden
 
 
 def generate(

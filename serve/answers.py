@@ -70,6 +70,11 @@ class Answer:
         self._logprobs: list[TokenLogprobs] = []
 
     @property
+    def given(self) -> bool:
+        """Whether the response was given with the request, to be scored."""
+        return self.request.continuation is not None
+
+    @property
     def deadline(self) -> float:
         """When it ends, done or not, in seconds of the engine's clock; infinity for never."""
         limit = self.request.deadline_s
@@ -113,6 +118,23 @@ class Answer:
         id, index = sequence.id
         return TextDelta(id, token, text, index, logprobs), reason
 
+    def score(self, arrays: TokenArrays | None) -> FinishReason | None:
+        """Take in the log probabilities of the next tokens of a given response.
+
+        Returns:
+          "length" after the last of them.
+        """
+        assert arrays is not None, "requests with a continuation ask for logprobs"
+        for place in range(len(arrays.logprob)):
+            self._logprobs_of(arrays, place)
+        given = len(self.sequence.tokens) - self.sequence.prompt_length
+        return "length" if len(self._logprobs) == given else None
+
+    def entered(self) -> None:
+        """Forget the scores of a given response: whoever gets a row is scored from the first on."""
+        if self.given:
+            self._logprobs.clear()
+
     def rewind(self, count: int, stream: TextStream | None, progress: Progress | None) -> None:
         """Forget all but the first `count` tokens of the response.
 
@@ -120,6 +142,8 @@ class Answer:
           stream, progress: new ones, which take those tokens in again.
         """
         sequence = self.sequence
+        if self.given:
+            return
         del sequence.tokens[sequence.prompt_length + count :]
         del self._logprobs[count:]
         self._stream, self.progress = stream, progress

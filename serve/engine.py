@@ -26,7 +26,7 @@ from jaxcodec.serve.buckets import Buckets
 from jaxcodec.serve.detokenizer import TextStream
 from jaxcodec.serve.plan import NO_ROW, Plan, Sequence
 from jaxcodec.serve.prefix_tree import PageNames
-from jaxcodec.serve.prompts import prompt_tokens
+from jaxcodec.serve.prompts import RequestTokens, request_tokens
 from jaxcodec.serve.request import (
     SEED_LIMIT,
     Event,
@@ -112,8 +112,7 @@ class Engine:
             base.config, self._models, self._grammars, buckets, cache, max_batch, decode_steps
         )
         self._max_waiting = max_waiting
-        self._timeline, self._clock = timeline, clock
-        self._made = clock()
+        self._timeline, self._clock, self._made = timeline, clock, clock()
         self._active: dict[str, list[Answer]] = {}  # by id, in order of submission
         self._answers: dict[Sequence, Answer] = {}
         self._deadlines: list[tuple[float, int, Answer]] = []
@@ -188,17 +187,17 @@ class Engine:
         """Queue a request; returns its id.
 
         Raises:
-          ValueError: an unknown model, an id in use, text without a tokenizer, a prompt that is
-            empty, holds an unknown token or exceeds the context (the model's, or what the whole
-            cache holds), a structure that is none, or more responses than the queue could hold.
-            The engine goes on as if it had not been asked.
+          ValueError: an unknown model, an id in use, text without a tokenizer, a prompt (with its
+            continuation) that is empty, holds an unknown token or exceeds the context (the model's,
+            or what the cache holds), a structure that is none, or more responses than the queue
+            could hold. The engine goes on as if it had not been asked.
           QueueFull: there is no room in the queue for it, or the end of the last request with its
             id has not been given out. Step the engine and try again.
           RuntimeError: a fault has left the device unusable.
         """
         self._check_usable()
         self._models.find(request.model)
-        prompt = prompt_tokens(request, self.tokenizer, self.context, self._vocab_size)
+        tokens = request_tokens(request, self.tokenizer, self.context, self._vocab_size)
         count, waiting = request.sampling.n, len(self._scheduler.waiting)
         id = self._new_id() if request.id is None else request.id
         if id in self._active:
@@ -217,7 +216,7 @@ class Engine:
         seed = secrets.randbelow(SEED_LIMIT) if seed is None else seed
         now = self._clock()
         seeds = [(seed + k) % SEED_LIMIT for k in range(count)]
-        for answer in [self._answer(request, (id, k), prompt, s, now) for k, s in enumerate(seeds)]:
+        for answer in [self._answer(request, (id, k), tokens, s, now) for k, s in enumerate(seeds)]:
             self._queue(answer)
         return id
 
@@ -323,21 +322,21 @@ class Engine:
         return {event.id for event in self._events}
 
     def _answer(
-        self, request: Request, id: tuple[str, int], prompt: list[int], seed: int, now: float
+        self, request: Request, id: tuple[str, int], of: RequestTokens, seed: int, now: float
     ) -> Answer:
         """One of the responses to a request, before anything is done for it."""
         model, sampling = self._models.find(request.model), request.sampling
         eos_ids = model.eos_ids + (self.tokenizer.eos_ids if self.tokenizer else ())
-        stream, progress = self._readers(sampling, prompt, eos_ids)
-        tokens = list(prompt)
+        stream, progress = self._readers(sampling, of.prompt, eos_ids)
+        tokens, generated = [*of.prompt, *of.given], 0 if of.given else sampling.max_tokens
         sequence = Sequence(
             id=id,
             model=model.name,
             tokens=tokens,
-            prompt_length=len(prompt),
-            limit=min(len(prompt) + sampling.max_tokens, self.context + 1),
+            prompt_length=len(of.prompt),
+            limit=min(len(tokens) + generated, self.context + 1),
             names=PageNames(model.namespace, tokens, self._page_size),
-            shares_response=model.shares_response,
+            shares_response=model.shares_response and not of.given,  # all of it is to be scored
             adapter=model.adapter,
             priority=request.priority,
             needs_host=sampling.needs_host,
@@ -424,6 +423,7 @@ class Engine:
         answer, reason, error, taken = row.answer, None, None, 0
         sequence = answer.sequence
         try:
+            reason = answer.score(row.logprobs) if answer.given else None
             for place, token in enumerate(row.tokens):
                 delta, reason = answer.take(token, place, row.logprobs, now)
                 self._events.append(delta)

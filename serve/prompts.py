@@ -1,6 +1,7 @@
-"""The tokens of a request's prompt, or what is wrong with them."""
+"""The tokens of a request, or what is wrong with them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -8,40 +9,48 @@ from jaxcodec.models.tokenizer import ChatTokenizer, Tokenizer
 from jaxcodec.serve.request import Request
 
 
-def prompt_tokens(
+class RequestTokens(NamedTuple):
+    """What a request holds, as tokens.
+
+    Attributes:
+      prompt: at least one.
+      given: of the continuation; none where the response is to be generated.
+    """
+
+    prompt: list[int]
+    given: list[int]
+
+
+def request_tokens(
     request: Request, tokenizer: Tokenizer | None, context: int, vocab_size: int
-) -> list[int]:
-    """The prompt as tokens.
+) -> RequestTokens:
+    """Prompt and continuation as tokens.
 
     Args:
       tokenizer: None serves prompts of tokens alone.
-      context: most tokens of a prompt.
+      context: most tokens of a prompt, and of all but the last token of prompt and continuation.
       vocab_size: of the model.
 
     Raises:
-      ValueError: a prompt that is empty, too long or holds what is no token; text or a chat that
-        the tokenizer cannot take; a stop token or biased token that the model does not have.
+      ValueError: a prompt or continuation that is empty, too long or holds what is no token; text
+        or a chat that the tokenizer cannot take; a stop token or biased token that the model does
+        not have.
     """
-    sampling = request.sampling
-    if tokenizer is None and (isinstance(request.prompt, str) or sampling.stop):
+    sampling, given = request.sampling, request.continuation
+    has_text = isinstance(request.prompt, str) or isinstance(given, str) or sampling.stop
+    if tokenizer is None and has_text:
         raise ValueError("Text prompts and stop texts need an engine with a tokenizer.")
     try:
-        prompt = _encode(request, tokenizer)
+        prompt, given = _encode(request, tokenizer), _encode_continuation(given, tokenizer)
     except ValueError:
         raise
     except Exception as fault:  # of a tokenizer, which is not ours
         raise ValueError(
             f"The tokenizer does not take the prompt: {type(fault).__name__}: {fault}"
         ) from fault
-    if not prompt:
-        raise ValueError("A prompt needs at least one token, got none.")
-    if len(prompt) > context:
-        raise ValueError(
-            f"The prompt has {len(prompt)} tokens, the context holds {context}: shorten it, or "
-            "give the engine more pages if the model's own context is longer."
-        )
+    _check_lengths(len(prompt), None if given is None else len(given), context)
     named = (("Prompt", prompt), ("Stop", sampling.stop_tokens), ("Biased", sampling.logit_bias))
-    for name, tokens in named:
+    for name, tokens in (*named, ("Continuation", given or ())):
         for token in tokens:
             whole = isinstance(token, int | np.integer) and not isinstance(token, bool)
             if not whole or not 0 <= token < vocab_size:
@@ -49,7 +58,29 @@ def prompt_tokens(
                     f"{name} tokens must be whole numbers in [0, {vocab_size}), the model's "
                     f"vocabulary, got {token!r}."
                 )
-    return [int(token) for token in prompt]
+    return RequestTokens([int(t) for t in prompt], [int(t) for t in given or ()])
+
+
+def _check_lengths(prompt: int, given: int | None, context: int) -> None:
+    if not prompt:
+        raise ValueError("A prompt needs at least one token, got none.")
+    if given == 0:
+        raise ValueError("A continuation needs at least one token to be scored, got none.")
+    if prompt > context or prompt + (given or 1) - 1 > context:
+        also = f" and the continuation {given}" if given else ""
+        raise ValueError(
+            f"The prompt has {prompt} tokens{also}, the context holds {context}: shorten it, or "
+            "give the engine more pages if the model's own context is longer."
+        )
+
+
+def _encode_continuation(
+    given: str | Sequence[int] | None, tokenizer: Tokenizer | None
+) -> list | None:
+    if isinstance(given, str):
+        assert tokenizer is not None
+        return tokenizer.encode_completion(given)
+    return None if given is None else list(given)
 
 
 def _encode(request: Request, tokenizer: Tokenizer | None) -> list:

@@ -264,10 +264,14 @@ class Request:
       priority: lower ones start first; equal ones in order of submission.
       deadline_s: seconds from submission after which the request ends as it is; None for never.
       tools: descriptions of tools, as chat templates take them.
+      continuation: a response that is given, as text or token ids, to be scored: nothing is
+        generated, and the output's `logprobs` are those of its tokens. Of `sampling` it takes
+        `logprobs`, which must be set, and nothing else.
 
     Raises:
-      ValueError: a value of another type, or a priority or deadline that cannot be. What the
-        prompt holds is checked by the engine, which knows the model.
+      ValueError: a value of another type, a priority or deadline that cannot be, or a continuation
+        without logprobs. What prompt and continuation hold is checked by the engine, which knows
+        the model.
     """
 
     model: str
@@ -277,6 +281,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     tools: Sequence[Mapping[str, Any]] = ()
+    continuation: str | Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not isinstance(self.id, str | None):
@@ -299,6 +304,19 @@ class Request:
             isinstance(tool, Mapping) for tool in self.tools
         ):
             raise ValueError(f"tools must be a list of mappings, got {self.tools!r:.80}.")
+        if self.continuation is not None:
+            self._check_continuation()
+
+    def _check_continuation(self) -> None:
+        if not isinstance(self.continuation, Sequence) or isinstance(self.continuation, bytes):
+            raise ValueError(
+                f"continuation must be a text or a list of tokens, got {self.continuation!r:.80}."
+            )
+        if self.sampling.logprobs is None or self.sampling.n > 1 or self.sampling.structured:
+            raise ValueError(
+                "A continuation is scored and not generated: it needs logprobs of 0 or more, and "
+                "takes neither n > 1 nor a structure."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -367,11 +385,12 @@ class RequestOutput:
     Attributes:
       id: the request's.
       model: the name of the model that answered.
-      text: the whole response, without stop texts and special tokens.
-      tokens: every token that was generated, an ending end-of-text token included.
+      text: the whole response, without stop texts and special tokens; empty for a continuation.
+      tokens: every token that was generated, an ending end-of-text token included; or those of the
+        continuation.
       finish_reason: "stop" at an end-of-text token, a stop token, a stop text or the end of its
-        structure; "length" at max_tokens or the end of the context; "error", "cancelled" and
-        "deadline" as they say.
+        structure; "length" at max_tokens, the end of the context or that of a continuation;
+        "error", "cancelled" and "deadline" as they say.
       error: a sentence, for "error".
       prompt_tokens: tokens of the prompt.
       cached_tokens: how many of those were found in the prefix tree when it first started.

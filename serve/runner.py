@@ -8,6 +8,7 @@ row, W words of V bits.
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from jaxcodec.serve.request import SamplingParams
 from jaxcodec.serve.rows import WIDTH, PrefillNumbers, PrefillRow, RowTable, pad_prefill
 from jaxcodec.serve.sampling import WORD, SamplingBatch, SamplingTable, Variant, enter
 from jaxcodec.serve.served_models import BASE, ServedModels
-from jaxcodec.serve.step_program import Made, RowState, decode, prefill
+from jaxcodec.serve.step_program import Made, RowState, decode, prefill, score
 from jaxcodec.serve.structured import Grammars
 
 
@@ -52,7 +53,7 @@ class LaunchedRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A decode launch on its way."""
+    """A launch on its way, of `decode` or `score`."""
 
     rows: list[tuple[Answer, int]]
     made: Made
@@ -73,7 +74,7 @@ class Launch:
             *tokens, count, broken = numbers[b]
             logprobs = None
             if arrays is not None and answer.request.sampling.logprobs is not None:
-                logprobs = TokenArrays(*(a[b] for a in arrays))
+                logprobs = TokenArrays(*(a[b, :count] for a in arrays))
             yield LaunchedRow(answer, planned, tokens[:count], bool(broken), logprobs)
 
     @property
@@ -125,19 +126,24 @@ class Runner:
         self._begin(cache)
 
     def run(self, plan: Plan, answers: Mapping[Sequence, Answer]) -> list[Launch]:
-        """Launch all that a plan says; returns the decode launches, which are on their way."""
+        """Launch all that a plan says; returns the launches whose results are on their way."""
         self._cache = self._host.copy(self._cache, plan.copies)
         for adapter, slot in plan.loads:
             self._models.load(adapter, slot)
         for sequence in plan.admitted:
             self._enter(answers[sequence])
-        for weights, adapted, rows in self._prefill_groups(plan.prefills, answers):
+        is_scored = lambda chunk: answers[chunk.sequence].given and not chunk.by_prompt_writer
+        written = itertools.filterfalse(is_scored, plan.prefills)
+        for weights, adapted, rows in self._prefill_groups(written, answers):
             self._prefill(weights, adapted, rows)
+        # Nobody else reads what these write, so it matters only that their prompts are there.
+        scored = self._score_groups(filter(is_scored, plan.prefills), answers)
+        launches = [self._score(*group) for group in scored]
         by_weights: dict[str, list[tuple[Answer, int]]] = collections.defaultdict(list)
         for sequence, count in plan.decodes:
             answer = answers[sequence]
             by_weights[answer.model.weights].append((answer, count))
-        return [self._decode(weights, rows) for weights, rows in by_weights.items()]
+        return launches + [self._decode(weights, rows) for weights, rows in by_weights.items()]
 
     def restart(self) -> None:
         """Begin anew with nothing in the cache; what is on its way is nobody's any more.
@@ -173,8 +179,8 @@ class Runner:
         """Tell the tables, and the device where it must know, who is in a row."""
         sequence, params = answer.sequence, answer.request.sampling
         row, tokens, prompt_length = sequence.row, sequence.tokens, sequence.prompt_length
-        encoder_slot = sequence.slot if answer.model.adapted_writer else 0
-        self._rows.enter(row, tokens[-1], len(tokens) - 1, sequence.slot, encoder_slot)
+        answer.entered()
+        self._rows.enter(row, tokens[-1], len(tokens) - 1, sequence.slot, _encoder_slot(answer))
         self._sampling.enter(row, params, answer.seed, answer.eos_ids, prompt_length)
         if params.has_state:
             prompt, response = tokens[:prompt_length], tokens[prompt_length:]
@@ -226,6 +232,50 @@ class Runner:
             adapted=adapted,
         )
         self.launches += 1
+
+    # Score
+
+    def _score_groups(
+        self, chunks: Iterable[Prefill], answers: Mapping[Sequence, Answer]
+    ) -> Iterator[tuple[list[Answer], list[PrefillRow], list[list[int]]]]:
+        """Chunks of given responses that one launch takes: (whose, rows, tokens after each)."""
+        groups: dict[str, list[list[tuple[Answer, PrefillRow, list[int]]]]] = {}
+        for chunk in chunks:
+            sequence, start, end = chunk.sequence, chunk.start, chunk.start + chunk.count
+            pages = sequence.pages[: pages_for(end, self._cache.page_size)]
+            row = PrefillRow(sequence.tokens[start:end], start, pages, sequence.slot)
+            answer = answers[sequence]
+            of_weights = groups.setdefault(answer.model.weights, [[]])
+            if self._prefill_shape([row, *(r for _, r, _ in of_weights[-1])]) is None:
+                of_weights.append([])
+            of_weights[-1].append((answer, row, sequence.tokens[start + 1 : end + 1]))
+        for group in itertools.chain.from_iterable(groups.values()):
+            whose, rows, following = zip(*group, strict=True)
+            yield list(whose), list(rows), list(following)
+
+    def _score(
+        self, whose: list[Answer], rows: list[PrefillRow], following: list[list[int]]
+    ) -> Launch:
+        shape = self._prefill_shape(rows)
+        assert shape is not None
+        targets, encoder_slots = np.zeros(shape[:2], np.int32), np.zeros(shape[0], np.int32)
+        for b, (answer, tokens) in enumerate(zip(whose, following, strict=True)):
+            targets[b, : len(tokens)] = tokens
+            encoder_slots[b] = _encoder_slot(answer)
+        model = self._models.weights(whose[0].model.weights)
+        made, self._cache = self._programs.run(
+            score,
+            shape,
+            model.leaves,
+            self._cache,
+            pad_prefill(rows, *shape, self._cache.num_pages),
+            targets,
+            encoder_slots,
+            tree=model.tree,
+            layout=self._models.layout(answer.model for answer in whose),
+        )
+        self.launches += 1
+        return Launch([(answer, 0) for answer in whose], made).send()
 
     # Decode
 
@@ -291,6 +341,11 @@ class Runner:
                 yield variant, self._sampling.batch(padding)
             elif self._grammars.possible:
                 yield variant, self._sampling.batch(padding, masks)
+
+
+def _encoder_slot(answer: Answer) -> int:
+    """The adapter that writes the cache of its response; 0 where the base or a model does."""
+    return answer.sequence.slot if answer.model.adapted_writer else 0
 
 
 def cache_pages(base: Model, page_size: int) -> int:

@@ -399,13 +399,20 @@ def _logprobs(
     """Of the token [B], and the likeliest [B, K] tokens with theirs; zeros where nobody asks."""
     B, K = len(logits), min(LOGPROBS_LIMIT, logits.shape[1])
 
-    def compute() -> tuple[jax.Array, jax.Array, jax.Array]:
-        logprobs = jax.nn.log_softmax(logits, axis=-1)
-        top, ids = jax.lax.top_k(logprobs, K)
-        return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], ids, top
-
     zeros = jnp.zeros(B), jnp.zeros((B, K), jnp.int32), jnp.zeros((B, K))
-    return jax.lax.cond(jnp.any(ints.wants_logprobs > 0), compute, lambda: zeros)
+    wanted = jnp.any(ints.wants_logprobs > 0)
+    return jax.lax.cond(wanted, lambda: token_logprobs(logits, token), lambda: zeros)
+
+
+def token_logprobs(logits: jax.Array, token: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Natural log probabilities under the model, of `logits` [B, V].
+
+    Returns:
+      (that of `token` int32 [B], the likeliest tokens int32 [B, K], theirs), as in `Sampled`.
+    """
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    top, ids = jax.lax.top_k(logprobs, min(LOGPROBS_LIMIT, logits.shape[1]))
+    return jnp.take_along_axis(logprobs, token[:, None], axis=-1)[:, 0], ids, top
 
 
 def _counted(counts: jax.Array, rows: jax.Array, token: jax.Array) -> jax.Array:

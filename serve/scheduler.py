@@ -364,7 +364,8 @@ class Scheduler:
         return found
 
     def _start(self, sequence: Sequence, node: Node, loads: list[tuple[str, int]]) -> None:
-        own = self._pages_for(len(sequence.tokens)) - node.depth
+        # What is only scored never writes its last token, and has no limit beyond it.
+        own = self._pages_for(min(len(sequence.tokens), sequence.limit - 1)) - node.depth
         sequence.node = node
         sequence.pages, sequence.moved = node.pages() + self.pool.take(own), True
         known = self._restore(sequence, node.depth)

@@ -1,6 +1,7 @@
-"""What runs on the device: two programs, their state in and their state out.
+"""What runs on the device: three programs, their state in and their state out.
 
-`prefill` writes chunks of prompts into the cache. `decode` adds up to K tokens to rows of all
+`prefill` writes chunks of prompts into the cache, and `score` chunks of responses that are given,
+with the log probability of each token. `decode` adds up to K tokens to rows of all
 models that share weights: ordinary rows and icarus rows, whatever their adapters and sampling. A
 row's last token, its length and whether it has ended stay on the device, so that a launch can
 follow another before anybody has seen what that one made.
@@ -27,7 +28,11 @@ from jaxcodec.serve.sampling import (
     Variant,
     is_stop,
     sample,
+    token_logprobs,
 )
+
+# While given tokens are scored: 64 MB of float32, in what the cache has left of the memory.
+LOGITS_AT_ONCE = 2**24
 
 
 @jax.tree_util.register_dataclass
@@ -126,6 +131,58 @@ def prefill(
     module = tree.model(leaves).module
     _, cache = module(batch.tokens, cache, table, count, slots=slot if adapted else None)
     return cache
+
+
+@functools.partial(jax.jit, static_argnames=("tree", "layout"), donate_argnames=("cache",))
+def score(
+    leaves: list[jax.Array],
+    cache: KVCache,
+    batch: PrefillNumbers[jax.Array],
+    targets: jax.Array,
+    encoder_slots: jax.Array,
+    tree: ModelTree,
+    layout: Layout,
+) -> tuple[Made, KVCache]:
+    """The log probabilities of tokens that are given, and the cache with those before them written.
+
+    As `decode` would have it, token by token, if it chose them: the tokens of `batch` are run by
+    the model that answers, and its logits at each are held against the next one.
+
+    Args:
+      targets: int32 [B, T], what follows each token of `batch`.
+      encoder_slots: int32 [B], see `Columns`.
+      layout: static; it must serve every row.
+
+    Returns:
+      `Made` of which K = 0 are new tokens, with log probabilities [B, T, ...]; the count of a row
+      is that of its targets, or 0 if any logits of it are not finite.
+    """
+    start, count, slot = batch.numbers[:, :3].T
+    model = tree.model(leaves)
+    module = model.module
+    hidden, cache = module(
+        batch.tokens,
+        cache,
+        PageTable(batch.numbers[:, 3:], start),
+        count,
+        slots=None if model.bank is None else slot,
+        streams=2 if layout.two_streams else 1,
+        encoder_slots=encoder_slots if layout.own_encoders else None,
+    )
+
+    def position(at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+        logits = module.logits(at[0][None, None])[0]
+        finite = jnp.all(logits < jnp.inf)  # see `sample`
+        return finite, *(x[0] for x in token_logprobs(logits, at[1][None]))
+
+    B, T = targets.shape
+    positions = hidden.reshape(B * T, -1), targets.reshape(B * T)
+    at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    made = jax.lax.map(position, positions, batch_size=min(at_once, B * T))
+    finite, *logprobs = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[1:]), made)
+    broken = jnp.any(~finite & (jnp.arange(T)[None] < count[:, None]), axis=1)
+    numbers = jnp.stack([jnp.where(broken, 0, count), broken.astype(jnp.int32)], axis=1)
+    return Made(numbers, *logprobs), cache
 
 
 class _Rows(NamedTuple):

@@ -4,7 +4,7 @@
     icarus         an adapter that reads the cache of its frozen base (ICaRus)
     prefill-share  a decode module that reads prompts written by a frozen base (PrefillShare)
     conventional   the whole model, or an ordinary LoRA, which share nothing
-    evaluate       loss and share of right answers on held-out prompts
+    evaluate       perplexity, agreement with a dense model, share of right answers
 
 Every command runs the function of its name here, which scripts can import.
 """
@@ -12,13 +12,14 @@ Every command runs the function of its name here, which scripts can import.
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxcodec.checkpoints.files import read_json
+from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, save_model
@@ -38,6 +39,7 @@ from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
 from jaxcodec.train.data import read_examples
 from jaxcodec.train.loop import TrainOptions, train
+from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text
 from jaxcodec.train.step import (
     Objective,
     adapter_training,
@@ -140,29 +142,42 @@ class Conventional(Run):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Measure loss and share of right greedy answers.
+    """Measure perplexity, agreement with a dense model, and answers: each where it is asked for.
 
     Attributes:
-      data: JSONL of {"prompt", "completion"}.
       model: directory of the model, the base of the adapter, or the decode module.
+      text: a text to measure the perplexity of.
+      window: tokens of a window of it; None for 2048, or the model's context if that is less.
+      stride: tokens from window to window; None for `window`.
+      tail: score what follows the last full window too.
+      batch_tokens: tokens of the text at once.
+      dense: directory of a dense model, to measure agreement with it on the text.
+      data: JSONL of {"prompt", "completion"}, to measure the loss of completions and the share of
+        right greedy answers.
+      max_new_tokens: most tokens of an answer.
+      batch_size: prompts at once.
       adapter: directory of a PEFT adapter.
       base: directory of the writer of prompts under prefill-share.
       scheme: who writes the cache.
       out: where to write the result as JSON, besides printing it.
       dtype: of the computation; None for that on disk.
-      max_new_tokens: most tokens of an answer.
-      batch_size: prompts at once.
     """
 
-    data: Path
     model: Path
+    text: Path | None = None
+    window: int | None = None
+    stride: int | None = None
+    tail: bool = False
+    batch_tokens: int = BATCH_TOKENS
+    dense: Path | None = None
+    data: Path | None = None
+    max_new_tokens: int = 64
+    batch_size: int = 256
     adapter: Path | None = None
     base: Path | None = None
     scheme: Literal["conventional", "prefill-share", "icarus"] = "conventional"
     out: Path | None = None
     dtype: Dtype | None = None
-    max_new_tokens: int = 64
-    batch_size: int = 256
 
 
 def pretrain(run: Pretrain) -> Model:
@@ -209,23 +224,81 @@ def conventional(run: Conventional) -> Model | Adapter:
 
 
 def evaluate(run: Evaluate) -> None:
-    """Measure a model, print the result, and write it to `run.out`."""
+    """Measure a model, print the result as JSON, and write it to `run.out`; progress is on stderr.
+
+    Raises:
+      ValueError: nothing is asked for, a dense model without a text, or one whose tokenizer makes
+        other tokens of it; and as `perplexity`, `agreement` and `evaluate.evaluate`.
+    """
+    if run.text is None and (run.data is None or run.dense is not None):
+        raise ValueError(
+            "evaluate measures perplexity on --text, with --dense also agreement there, and "
+            "answers on --data: give at least one of --text and --data, and --dense with --text."
+        )
     model = _load(run.model, run.dtype)
     if run.adapter is not None:
         adapter = load_adapter(run.adapter, model)
         bank = AdapterBank(1, adapter.rank, adapter.targets)
         model = set_adapter(with_bank(model, bank), adapter, 0)
-    result = evaluation.evaluate(
-        run.data,
-        PretrainedTokenizer(run.model if run.base is None else run.base),
-        model,
-        SCHEMES[run.scheme],
-        None if run.base is None else _load(run.base, run.dtype),
-        max_new_tokens=run.max_new_tokens,
-        batch_size=run.batch_size,
-        out=run.out,
-    )
+    base = None if run.base is None else _load(run.base, run.dtype)
+    tokenizer = PretrainedTokenizer(run.model if run.base is None else run.base)
+    result: dict[str, Any] = {"model": run.model.name, "scheme": run.scheme}
+    if run.adapter is not None:
+        result["adapter"] = run.adapter.name
+    if run.text is not None:
+        result |= _evaluate_text(run, run.text, tokenizer, model, base)
+    if run.data is not None:
+        result["answers"] = evaluation.evaluate(
+            run.data,
+            tokenizer,
+            model,
+            SCHEMES[run.scheme],
+            base,
+            max_new_tokens=run.max_new_tokens,
+            batch_size=run.batch_size,
+            quiet=False,
+        )
     print(json.dumps(result, indent=2))
+    if run.out is not None:
+        write_json(run.out, result)
+
+
+def _evaluate_text(
+    run: Evaluate, path: Path, tokenizer: PretrainedTokenizer, model: Model, base: Model | None
+) -> dict[str, Any]:
+    """The sections "perplexity" and, with a dense model, "agreement"."""
+    start, text = time.perf_counter(), read_text(path)
+    tokens = tokenizer.encode(text)
+    window = min(WINDOW, model.config.max_positions) if run.window is None else run.window
+    options: dict[str, Any] = {"stride": run.stride, "tail": run.tail}
+    options |= {
+        "batch_tokens": run.batch_tokens,
+        "scheme": SCHEMES[run.scheme],
+        "base": base,
+        "quiet": False,
+    }
+    if run.dense is None:
+        found = perplexity(model, tokens, window, **options)
+        result = {"perplexity": {"file": path.name, **dataclasses.asdict(found)}}
+    else:
+        if PretrainedTokenizer(run.dense).encode(text) != tokens:
+            raise ValueError(
+                f"The tokenizers of {run.dense} and of the model make other tokens of {path}: what "
+                "the models predict can only be compared over the same."
+            )
+        both = agreement(model, _load(run.dense, run.dtype), tokens, window, **options)
+        result = {
+            "perplexity": {"file": path.name, **dataclasses.asdict(both.model)},
+            "agreement": {
+                "dense": run.dense.name,
+                "kl": both.kl,
+                "top1": both.top1,
+                "dense_perplexity": both.dense.perplexity,
+                "dense_loss": both.dense.loss,
+            },
+        }
+    result["perplexity"]["seconds"] = time.perf_counter() - start
+    return result
 
 
 def _load(directory: Path, dtype: Dtype | None) -> Model:

@@ -3,6 +3,7 @@
 Letters: B rows, T prompt tokens, N new tokens.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -20,8 +21,9 @@ from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, Scheme
 from jaxcodec.models.steps import PAGE_SIZE, decode_step, prefill
 from jaxcodec.models.tokenizer import Tokenizer
 from jaxcodec.models.transformer import Model
-from jaxcodec.train.data import Examples, batches_in_order, read_examples, read_jsonl
-from jaxcodec.train.loss import LossSums
+from jaxcodec.train.data import Examples, read_examples, read_jsonl
+from jaxcodec.train.loss import LossSums, sum_over_batches
+from jaxcodec.train.progress import progress
 from jaxcodec.train.step import eval_step
 
 # Prompts of a batch are padded to a multiple of this many tokens: few shapes, little waste.
@@ -36,10 +38,9 @@ def mean_loss(
     batch_size: int = 64,
 ) -> LossSums:
     """The loss over all of `examples`, with the adapter in slot 0 if the model has a bank."""
-    total = LossSums(*jnp.zeros((3,)))
-    for batch in batches_in_order(examples, min(batch_size, len(examples))):
-        total += eval_step(model, base, batch, scheme)
-    return total
+    return sum_over_batches(
+        lambda batch: eval_step(model, base, batch, scheme), examples, batch_size
+    )
 
 
 def complete(
@@ -50,6 +51,7 @@ def complete(
     scheme: Scheme = CONVENTIONAL,
     base: Model | None = None,
     batch_size: int = 256,
+    quiet: bool = True,
 ) -> list[list[int]]:
     """Greedy continuations up to eos, which is left out, or `max_new_tokens`.
 
@@ -58,6 +60,7 @@ def complete(
     Args:
       model: with the adapter, if any, in slot 0 of its bank.
       base: writer of the prompts under prefill_share.
+      quiet: show no progress; else it goes to standard error.
 
     Raises:
       ValueError: an empty prompt, or one that with the new tokens exceeds the model's context.
@@ -66,19 +69,30 @@ def complete(
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
-    for first in range(0, len(order), batch_size):
-        chosen = order[first : first + batch_size]
-        width = -(-len(prompts[chosen[-1]]) // PROMPT_STEP) * PROMPT_STEP
-        tokens = np.zeros((batch_size, width), np.int32)
-        counts = np.ones(batch_size, np.int32)  # a row that fills the batch is a prompt of one 0
-        for row, i in enumerate(chosen):
-            tokens[row, : len(prompts[i])] = prompts[i]
-            counts[row] = len(prompts[i])
-        new = np.asarray(_greedy(model, base, tokens, counts, eos_id, scheme, max_new_tokens))
-        for row, i in enumerate(chosen):
-            ends = np.flatnonzero(new[row] == eos_id)
-            completions[i] = new[row, : ends[0] if len(ends) else None].tolist()
+    start, batches = time.perf_counter(), -(-len(order) // batch_size)
+    shown = contextlib.nullcontext() if quiet else progress(batches, 0, stderr=True)
+    with shown as report:
+        for done in range(1, batches + 1):
+            chosen = order[(done - 1) * batch_size : done * batch_size]
+            tokens, counts = _pad([prompts[i] for i in chosen], batch_size)
+            new = np.asarray(_greedy(model, base, tokens, counts, eos_id, scheme, max_new_tokens))
+            for row, i in enumerate(chosen):
+                ends = np.flatnonzero(new[row] == eos_id)
+                completions[i] = new[row, : ends[0] if len(ends) else None].tolist()
+            if report is not None:
+                left = (time.perf_counter() - start) / done * (batches - done)
+                report(done, "of the answers", left)
     return completions
+
+
+def _pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [rows, T] and counts int32 [rows] of a batch; the longest prompt is the last."""
+    tokens = np.zeros((rows, -(-len(prompts[-1]) // PROMPT_STEP) * PROMPT_STEP), np.int32)
+    counts = np.ones(rows, np.int32)  # a row that fills the batch is a prompt of one 0
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+        counts[row] = len(prompt)
+    return tokens, counts
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
@@ -138,6 +152,7 @@ def evaluate(
     batch_size: int = 256,
     check: Callable[[str, str], bool] | None = None,
     out: str | os.PathLike | None = None,
+    quiet: bool = True,
 ) -> dict[str, Any]:
     """Loss and share of right greedy answers on a JSONL file of prompts and completions.
 
@@ -145,6 +160,7 @@ def evaluate(
       check: (prompt, completion) -> whether it is right; None: equal to the file's completion,
         white space at the ends aside.
       out: where to write the result as JSON.
+      quiet: show no progress; else it goes to standard error.
 
     Returns:
       examples, right (their share), loss (nats a token of completions and eos), seconds.
@@ -160,7 +176,8 @@ def evaluate(
                 f"{path}, line {line} has a text: answers need a prompt and a completion."
             )
     prompts = [tokenizer.encode(record["prompt"]) for record in records]
-    new = complete(model, prompts, max_new_tokens, tokenizer.eos_id, scheme, base, batch_size)
+    eos_id = tokenizer.eos_id
+    new = complete(model, prompts, max_new_tokens, eos_id, scheme, base, batch_size, quiet)
     answers = [tokenizer.decode(tokens) for tokens in new]
     right = [_is_right(r, answer, check) for r, answer in zip(records, answers, strict=True)]
     examples = read_examples(path, tokenizer, model.config.max_positions)

@@ -1,20 +1,29 @@
-"""Next-token cross entropy of a batch, as sums that add up over batches.
+"""Next-token cross entropy, as sums that add up over positions and batches.
 
-Letters: B rows, T tokens a row, V vocabulary.
+Letters: B rows, T tokens a row, t positions of a chunk, D hidden, V vocabulary.
 """
 
+import contextlib
 import dataclasses
+import operator
+import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcodec.train.data import Batch
+from jaxcodec.train.data import Batch, Examples, batches_in_order
+from jaxcodec.train.progress import progress
+
+# 256 MB of float32: 512 positions of a vocabulary of 128k, which keep a matrix unit busy.
+LOGITS_AT_ONCE = 2**26
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossSums:
-    """Sums over the tokens that carry loss. Adding two gives those of both batches together.
+    """Sums over the tokens that carry loss; those of two batches add up, field by field.
 
     Attributes:
       loss: f32 [], cross entropy in nats.
@@ -25,9 +34,6 @@ class LossSums:
     loss: jax.Array
     correct: jax.Array
     count: jax.Array
-
-    def __add__(self, other: "LossSums") -> "LossSums":
-        return jax.tree.map(jnp.add, self, other)
 
     @property
     def mean(self) -> jax.Array:
@@ -52,10 +58,13 @@ def next_token_loss(logits: jax.Array, batch: Batch) -> LossSums:
 
     Counted are the tokens from prompt_lengths[b] to counts[b] - 1 of every row.
     """
+    return loss_sums(logits[:, :-1], jnp.asarray(batch.tokens)[:, 1:], target_mask(batch))
+
+
+def loss_sums(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSums:
+    """Cross entropy of `logits` [..., V] against `targets` int32 [...] where `mask`, in float32."""
     with jax.named_scope("next_token_loss"):
-        mask = target_mask(batch)
-        targets = jnp.asarray(batch.tokens)[:, 1:]
-        logits = logits[:, :-1].astype(jnp.float32)
+        logits = logits.astype(jnp.float32)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         losses = jax.nn.logsumexp(logits, axis=-1) - chosen
         return LossSums(
@@ -64,3 +73,55 @@ def next_token_loss(logits: jax.Array, batch: Batch) -> LossSums:
             correct=jnp.sum(mask & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.float32),
             count=jnp.sum(mask, dtype=jnp.float32),
         )
+
+
+def sum_over_positions[Sums](
+    sums: Callable[[Any, jax.Array, jax.Array], Sums], states: Any, batch: Batch, vocab_size: int
+) -> Sums:
+    """The sum of `sums` over chunks of positions, so that logits need not all exist at once.
+
+    Args:
+      sums: (states [B, t, D], targets int32 [B, t], mask bool [B, t]) -> a tree of sums; what it
+        makes logits of is at most `LOGITS_AT_ONCE / vocab_size` positions, or one a row.
+      states: [B, T, D], or a tree of such.
+      batch: of the same tokens; targets and mask are those of `next_token_loss`.
+    """
+    mask = target_mask(batch)
+    B, positions = mask.shape
+    t = max(1, min(positions, LOGITS_AT_ONCE // (B * vocab_size)))
+    chunks = -(-positions // t)
+
+    def split(x: jax.Array) -> jax.Array:  # [B, T - 1, ...] -> [chunks, B, t, ...]
+        padding = [(0, 0), (0, chunks * t - positions), *[(0, 0)] * (x.ndim - 2)]
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(B, chunks, t, *x.shape[2:]), 1, 0)
+
+    parts = (jax.tree.map(lambda x: x[:, :-1], states), jnp.asarray(batch.tokens)[:, 1:], mask)
+    each = jax.lax.map(lambda part: sums(*part), jax.tree.map(split, parts))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), each)
+
+
+def sum_over_batches[Sums](
+    step: Callable[[Batch], Sums],
+    examples: Examples,
+    batch_size: int,
+    show: Callable[[Sums], str] | None = None,
+) -> Sums:
+    """The sum of `step` over all of `examples`: its leaves are Python floats, so in float64.
+
+    Args:
+      batch_size: examples a batch; the last one is filled with empty rows.
+      show: what to say of the sums so far, beside a bar on standard error; None shows nothing.
+    """
+    batch_size = min(batch_size, len(examples))
+    batches = -(-len(examples) // batch_size)
+    shown = contextlib.nullcontext() if show is None else progress(batches, 0, stderr=True)
+    start, total = time.perf_counter(), None
+    with shown as report:
+        for done, batch in enumerate(batches_in_order(examples, batch_size), 1):
+            sums = jax.tree.map(float, step(batch))
+            total = sums if total is None else jax.tree.map(operator.add, total, sums)
+            if report is not None and show is not None:
+                left = (time.perf_counter() - start) / done * (batches - done)
+                report(done, show(total), left)
+    assert total is not None, "there are no empty Examples"
+    return total

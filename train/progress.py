@@ -9,24 +9,27 @@ Report = Callable[[int, str, float], None]
 
 
 @contextlib.contextmanager
-def progress(total: int, start: int) -> Iterator[Report]:
+def progress(total: int, start: int, *, stderr: bool = False) -> Iterator[Report]:
     """Yields report(step, text, seconds left): `text` beside a bar, or a line a call.
 
     Args:
       total: steps of the run.
       start: steps already taken.
+      stderr: leave standard output to the result.
     """
-    if sys.stdout.isatty():
-        with _bar(total, start) as report:
+    file = sys.stderr if stderr else sys.stdout
+    if file.isatty():
+        with _bar(total, start, stderr) as report:
             yield report
     else:
         yield lambda step, text, left: print(
-            f"step {step}/{total}  {text}  {clock(left)} left", flush=True
+            f"step {step}/{total}  {text}  {clock(left)} left", file=file, flush=True
         )
 
 
 @contextlib.contextmanager
-def _bar(total: int, start: int) -> Iterator[Report]:
+def _bar(total: int, start: int, stderr: bool) -> Iterator[Report]:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     columns = (
@@ -35,7 +38,7 @@ def _bar(total: int, start: int) -> Iterator[Report]:
         BarColumn(),
         TextColumn("{task.fields[text]}  {task.fields[left]} left"),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=stderr)) as bar:
         task = bar.add_task("train", total=total, completed=start, text="compiling", left="?")
         yield lambda step, text, left: bar.update(task, completed=step, text=text, left=clock(left))
 

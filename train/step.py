@@ -17,10 +17,10 @@ from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.lora import Adapter, check_icarus, set_adapter, with_bank
 from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
-from jaxcodec.models.steps import forward
+from jaxcodec.models.steps import hidden_states
 from jaxcodec.models.transformer import Model
 from jaxcodec.train.data import Batch
-from jaxcodec.train.loss import LossSums, next_token_loss
+from jaxcodec.train.loss import LossSums, loss_sums, next_token_loss, sum_over_positions
 
 PyTree = Any
 Models = Callable[[PyTree, PyTree], tuple[Model, Model | None]]
@@ -106,10 +106,10 @@ def adapter_training(base: Model, adapter: Adapter, scheme: Scheme = ICARUS) -> 
     )
 
 
-def batch_logits(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> jax.Array:
-    """f32 [B, T, V] of the model with, if it has a bank, the adapter in slot 0."""
+def batch_states(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> jax.Array:
+    """Hidden states [B, T, D] of the model with, if it has a bank, the adapter in slot 0."""
     shared = scheme == PREFILL_SHARE
-    return forward(
+    return hidden_states(
         model,
         jnp.asarray(batch.tokens),
         jnp.asarray(batch.counts),
@@ -120,10 +120,21 @@ def batch_logits(model: Model, base: Model | None, batch: Batch, scheme: Scheme)
     )
 
 
+def batch_logits(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> jax.Array:
+    """f32 [B, T, V] of the same."""
+    return model.module.logits(batch_states(model, base, batch, scheme))
+
+
 @functools.partial(jax.jit, static_argnames="scheme")
 def eval_step(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> LossSums:
-    """The loss of a batch, as sums, without a step."""
-    return next_token_loss(batch_logits(model, base, batch, scheme), batch)
+    """The loss of a batch, as sums, without a step; never more than `LOGITS_AT_ONCE` logits."""
+    logits = model.module.logits
+    return sum_over_positions(
+        lambda states, targets, mask: loss_sums(logits(states), targets, mask),
+        batch_states(model, base, batch, scheme),
+        batch,
+        model.config.vocab_size,
+    )
 
 
 def _split(model: Model) -> tuple[PyTree, Model, Callable[[PyTree, Model], Model]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxcodec.models.tokenizer import Tokenizer
-from jaxcodec.serve.prompts import prompt_tokens
+from jaxcodec.serve.prompts import request_tokens
 from jaxcodec.serve.request import Request, SamplingParams
 
 V, CONTEXT = 256, 20
@@ -36,7 +36,7 @@ class Chat:
 
 
 def tokens(request: Request, tokenizer: Tokenizer | None = Chat()) -> list[int]:  # noqa: B008
-    return prompt_tokens(request, tokenizer, CONTEXT, V)
+    return request_tokens(request, tokenizer, CONTEXT, V).prompt
 
 
 def test_prompts_are_texts_tokens_or_chats() -> None:

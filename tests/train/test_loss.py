@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcodec.train import loss
 from jaxcodec.train.data import Batch
-from jaxcodec.train.loss import next_token_loss, target_mask
+from jaxcodec.train.loss import loss_sums, next_token_loss, sum_over_positions, target_mask
 
 BATCH = Batch(
     np.array([[5, 6, 7, 2, 0, 0], [3, 1, 4, 1, 5, 2], [0, 0, 0, 0, 0, 0]]),
@@ -49,10 +50,8 @@ def test_padding_may_hold_anything(key):
 def test_sums_add_up_over_parts_of_a_batch(key):
     logits = jax.random.normal(key, (3, 6, 9))
     parts = [jax.tree.map(lambda x, b=b: x[b : b + 1], BATCH) for b in range(3)]
-    total = sum(
-        (next_token_loss(logits[b : b + 1], part) for b, part in enumerate(parts[1:], 1)),
-        start=next_token_loss(logits[:1], parts[0]),
-    )
+    sums = [next_token_loss(logits[b : b + 1], part) for b, part in enumerate(parts)]
+    total = jax.tree.map(lambda *terms: sum(terms), *sums)
     chex.assert_trees_all_close(total, next_token_loss(logits, BATCH), rtol=1e-6)
 
 
@@ -64,3 +63,12 @@ def test_a_batch_without_targets_has_loss_zero():
 def test_the_right_token_counts_as_correct():
     logits = 10 * jax.nn.one_hot(jnp.roll(BATCH.tokens, -1, axis=1), 9)
     assert float(next_token_loss(logits, BATCH).accuracy) == 1
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 9 * 2, 3 * 9 * 5, 10**6])
+def test_sums_over_chunks_of_positions_are_those_of_all_logits(key, monkeypatch, at_once):
+    """One position at once, two of five, all."""
+    logits = jax.random.normal(key, (3, 6, 9))
+    monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
+    found = sum_over_positions(loss_sums, logits, BATCH, 9)
+    chex.assert_trees_all_close(found, next_token_loss(logits, BATCH), rtol=1e-6)

@@ -1,12 +1,16 @@
 """Every command on a tiny model, from files to files."""
 
+import dataclasses
 import json
+import shutil
 import sys
 
 import chex
+import jax
 import pytest
 
-from jaxcodec.models.load import load_model
+from jaxcodec.models.load import load_model, save_model
+from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.train.__main__ import (
     Conventional,
     Evaluate,
@@ -21,6 +25,7 @@ from jaxcodec.train.__main__ import (
     pretrain,
 )
 from jaxcodec.train.loop import TrainOptions
+from jaxcodec.train.perplexity import agreement
 
 OPTIONS = TrainOptions(steps=2, batch_size=4, warmup_steps=0)
 
@@ -54,7 +59,50 @@ def test_an_icarus_adapter_goes_from_file_to_evaluation(
     capsys.readouterr()
     main()
     assert json.loads(capsys.readouterr().out) == json.loads(result.read_text())
-    assert json.loads(result.read_text())["examples"] == 16
+    found = json.loads(result.read_text())
+    assert found["answers"]["examples"] == 16
+    assert (found["scheme"], found["adapter"]) == ("icarus", "adapter")
+    assert "perplexity" not in found
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("Emma ordered 3 cups and 3 coats. " * 8)
+    return path
+
+
+def test_a_text_is_measured_against_a_dense_model(base, text, tmp_path, capsys):
+    dense = tmp_path / "dense"
+    shutil.copytree(base, dense)
+    model = load_model(base)
+    save_model(dense, jax.tree.map(lambda x: 2 * x, model))
+    run = Evaluate(model=base, text=text, dense=dense, window=16, stride=5, tail=True)
+    evaluate(run)
+    found = json.loads(capsys.readouterr().out)
+    tokens = PretrainedTokenizer(base).encode(text.read_text())
+    expected = agreement(model, load_model(dense), tokens, 16, stride=5, tail=True)
+    assert found["agreement"]["kl"] == pytest.approx(expected.kl)
+    assert found["agreement"]["dense_perplexity"] == pytest.approx(expected.dense.perplexity)
+    assert found["perplexity"]["file"] == "text.txt"
+    assert found["perplexity"]["tokens"] == expected.model.tokens == len(tokens) - 1
+    evaluate(dataclasses.replace(run, dense=None, stride=None, tail=False))
+    alone = json.loads(capsys.readouterr().out)
+    assert "agreement" not in alone
+    assert alone["perplexity"]["tokens"] == len(tokens) // 16 * 15
+
+
+def test_evaluation_says_what_it_needs(base, text, pairs_file, tmp_path):
+    for options in ({}, {"dense": base}, {"dense": base, "data": pairs_file}):
+        with pytest.raises(ValueError, match="at least one of --text and --data"):
+            evaluate(Evaluate(model=base, **options))
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = []
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="make other tokens"):
+        evaluate(Evaluate(model=base, text=text, dense=other, window=16))
 
 
 def test_bad_input_ends_the_command_with_one_sentence(base, tmp_path, monkeypatch):
