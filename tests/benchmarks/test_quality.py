@@ -38,17 +38,29 @@ def text(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_larger_base_is_trained_and_can_be_read(text, tmp_path):
+def test_a_larger_base_is_written_with_its_text(text, tmp_path, monkeypatch):
     shutil.copytree(text, tmp_path / "text")
+
+    def train(objective, examples, how, directory, watched):
+        # Every token but the first is predicted once.
+        np.testing.assert_array_equal(examples.starts[1:], examples.starts[:-1] + 15)
+        assert set(examples.prompt_lengths) == {1}
+        directory.mkdir()
+        (directory / "log.jsonl").write_text('{"step": 2, "loss": 1.5, "seconds": 0.1}\n')
+        return objective.artifact(objective.trainable)
+
+    monkeypatch.setattr(larger_base, "train", train)
     options = larger_base.Options(
         work=tmp_path, steps=2, batch_size=2, layers=1, shrink=8, window=16
     )
     facts = larger_base.make(options)
-    model = load_model(tmp_path)
-    tokens = base_text.read_tokens(tmp_path / base_text.HELDOUT, PretrainedTokenizer(tmp_path))
-    assert facts["heldout"]["loss"] == pytest.approx(perplexity(model, tokens, 16).loss, rel=1e-3)
+    assert facts["losses"] == [{"step": 2, "loss": 1.5}]
     assert read_json(tmp_path / larger_base.FACTS) == facts
-    assert [record["step"] for record in facts["losses"]] == [2]
+    for name in (base_text.CALIBRATION, base_text.HELDOUT):
+        assert (tmp_path / name).read_bytes() == (text / name).read_bytes()
+    tokens = base_text.read_tokens(tmp_path / base_text.HELDOUT, PretrainedTokenizer(tmp_path))
+    found = perplexity(load_model(tmp_path), tokens, 16)
+    assert facts["heldout"]["loss"] == pytest.approx(found.loss, rel=1e-3)
 
 
 @pytest.fixture(scope="module")
