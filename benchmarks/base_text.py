@@ -67,7 +67,7 @@ def package_documents(folder: Path) -> dict[str, str]:
     """Sources and descriptions of the packages in `folder` by name, filtered as the demo's are."""
     documents = {f"packages/{name}": text for name, text in read_sources(folder)}
     for package in importlib.metadata.distributions(path=[str(folder)]):
-        description = package.metadata.get_payload()
+        description = package.metadata.json.get("description")
         if isinstance(description, str):
             documents[f"descriptions/{package.name}"] = description
     return documents

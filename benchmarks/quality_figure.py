@@ -30,6 +30,8 @@ COLOURS = {
 }
 # A line joins formats of one vector length: v = 8 beside v = 4.
 FAMILIES = {8: ("o", "-"), 4: ("^", ":")}
+# Ticks of a decade: perplexities may span a few units, KL spans decades.
+SUBS = {"perplexity": (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9), "kl": (1, 2, 5)}
 MEASURES = {"perplexity": "held-out perplexity", "kl": "KL(dense || quantized), nats a token"}
 
 
@@ -67,8 +69,9 @@ def _panel(panel: Any, rows: list[Row], measure: str) -> None:
         level = dense[0][measure]
         panel.axhline(level, color="black", linestyle="--", linewidth=1, label="dense, 16 bits")
     panel.set_yscale("log")
+    panel.yaxis.set_major_locator(ticker.LogLocator(subs=SUBS[measure]))
     panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    panel.yaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
+    panel.minorticks_off()
     panel.grid(alpha=0.3, which="both")
 
 

@@ -7,7 +7,6 @@ Below the table stands every place where a stage does not improve on the last.
 """
 
 import argparse
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -108,12 +107,12 @@ def main() -> None:
     parser.add_argument("results", type=pathlib.Path, nargs="+")
     parser.add_argument("--out", type=pathlib.Path)
     options = parser.parse_args()
-    contents = [read_json(path) for path in options.results]
+    content = read_json(options.results[0])
+    if len(options.results) > 1:
+        content = merge([read_json(path) for path in options.results])
     if options.out is not None:
-        content = merge(contents)
         write_json(options.out, content)
-        print(json.dumps({k: v for k, v in content.items() if k != "rows"}, indent=2))
-    print(report([row for content in contents for row in content["rows"]]))
+    print(report(content["rows"]))
 
 
 if __name__ == "__main__":

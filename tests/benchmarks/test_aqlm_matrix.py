@@ -17,7 +17,8 @@ def problem():
 
 @pytest.fixture(scope="module")
 def row(problem):
-    return aqlm_matrix.ours(*problem, SPEC, OPTIONS)
+    W, H = problem
+    return aqlm_matrix.ours(W, H, SPEC, OPTIONS)
 
 
 def test_inputs_are_correlated_and_of_full_rank():
@@ -57,8 +58,9 @@ def test_columns_of_a_missing_reference_are_empty(row):
 
 
 def test_a_folder_without_aqlm_is_refused(problem, tmp_path):
+    W, H = problem
     with pytest.raises(ImportError):
-        aqlm_matrix.reference(tmp_path, *problem, SPEC, OPTIONS)
+        aqlm_matrix.reference(tmp_path, W, H, SPEC, OPTIONS)
 
 
 def test_both_take_the_same_format():
