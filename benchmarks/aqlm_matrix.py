@@ -1,0 +1,255 @@
+"""One matrix by our quantizer and by AQLM's own: tr(dW^T H dW) and the time it takes.
+
+    git clone https://github.com/Vahe1994/AQLM build/aqlm
+    python -m benchmarks.aqlm_matrix --aqlm build/aqlm --out build/aqlm_matrix.json
+
+The reference is Vahe1994/AQLM, `aq_engine.AQEngine`, as its `main.py` runs it on a layer: PyTorch,
+X^T X in float64, its own learning rate and k-means. It is imported from the user's folder, and is
+left out where there is none. Both get the same W, the same H, one scale an output feature (all
+that AQLM has), as many rounds of as many Adam steps and of one beam search as the other, and the
+same beam; neither may stop early.
+
+The first time of each counts all compilation and warming up, the second is of the same work again.
+Ours also counts the search that follows the rounding of codebooks and scales to bfloat16.
+
+Letters: W [K, N], K input and N output features, H [K, K].
+"""
+
+import argparse
+import dataclasses
+import importlib
+import os
+import platform
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from jaxcodec.checkpoints.files import write_json
+from jaxcodec.quantize.additive import AdditiveOptions, quantize_additive
+from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import dequantize
+
+Row = dict[str, Any]
+# Of the reference's main.py: --lr and --init_max_iter.
+REFERENCE_LEARNING_RATE = 1e-4
+REFERENCE_ITERATIONS = 100
+# Inputs: this many tokens for each feature, so that H has full rank.
+TOKENS_PER_FEATURE = 4
+# Directions that the inputs share, and channels far larger than the rest: in trained models both
+# are what makes H unlike the identity (LLM.int8(), arXiv 2208.07339, section 4).
+SHARED_DIRECTIONS = 32
+OUTLIER_SHARE, OUTLIER_SCALE = 1 / 512, 20.0
+# Student's t with few degrees of freedom: weights with heavier tails than normal ones.
+DEGREES_OF_FREEDOM = 5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Quantize a matrix with both.
+
+    Attributes:
+      out: JSON file of the results, written after every row.
+      aqlm: a checkout of Vahe1994/AQLM; None for ours alone.
+      size: K and N.
+      formats: such as m2v8b8; the scale's group is K.
+      rounds: of Adam steps and a beam search.
+      steps: of Adam in a round.
+      beam: hypotheses.
+      repeats: times that each runs; the first one compiles.
+      seed: of matrix, inputs and both quantizers.
+    """
+
+    out: Path
+    aqlm: Path | None = None
+    size: tuple[int, int] = (4096, 4096)
+    formats: tuple[str, ...] = ("m2v8b8", "m1v4b8")
+    rounds: int = 4
+    steps: int = 100
+    beam: int = 1
+    repeats: int = 2
+    seed: int = 0
+
+
+def matrix(K: int, N: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """W f32 [K, N] and H = X^T X / tokens, f32 [K, K], of correlated inputs with outliers."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: rng.standard_normal(shape, np.float32)
+    W = rng.standard_t(DEGREES_OF_FREEDOM, (K, N)) / K**0.5
+    W *= np.exp(0.3 * normal(N))  # columns of different norms
+    tokens, directions = TOKENS_PER_FEATURE * K, min(SHARED_DIRECTIONS, K)
+    X = normal(tokens, K)
+    X += normal(tokens, directions) @ normal(directions, K) / np.float32(directions**0.5)
+    X[:, rng.permutation(K) < max(K * OUTLIER_SHARE, 1)] *= OUTLIER_SCALE
+    return W.astype(np.float32), X.T @ X / np.float32(tokens)
+
+
+def relative_objective(W: np.ndarray, H: np.ndarray, W_: np.ndarray) -> float:
+    """tr(dW^T H dW) / tr(W^T H W) with dW = W - W_, in float64."""
+    W, H, W_ = (x.astype(np.float64) for x in (W, H, W_))
+    dW = W - W_
+    return float(np.sum(dW * (H @ dW)) / np.sum(W * (H @ W)))
+
+
+def ours(W: np.ndarray, H: np.ndarray, spec: CodebookSpec, options: Options) -> Row:
+    """Errors after the rounds and as stored in bfloat16, and seconds."""
+    how = AdditiveOptions(
+        rounds=options.rounds, steps=options.steps, beam=options.beam, tolerance=0.0, damping=0.0
+    )
+    seconds, w, found = [], None, ()
+    W_device, H_device = jnp.asarray(W), jnp.asarray(H)
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        w, found = quantize_additive(W_device, H_device, spec, jax.random.key(options.seed), how)
+        jax.block_until_ready(w)
+        seconds.append(time.perf_counter() - start)
+    assert w is not None
+    searched = [stage for stage in found if stage.name == "beam_search"]
+    W_ = np.asarray(dequantize(w, jnp.float32))
+    return {
+        "quantizer": "jaxcodec",
+        "error": searched[-1].error,
+        "rounds_made": len(searched),
+        "stored_error": relative_objective(W, H, W_),
+        "stages": [dataclasses.asdict(stage) for stage in found],
+        **_times(seconds),
+    }
+
+
+def reference(
+    aqlm: Path, W: np.ndarray, H: np.ndarray, spec: CodebookSpec, options: Options
+) -> Row:
+    """The same of AQLM's engine; it stores codebooks and scales in float16.
+
+    Raises:
+      ImportError: the folder holds no AQLM, or PyTorch is missing.
+    """
+    # Its progress bars cannot be turned off by an argument.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if str(aqlm) not in sys.path:
+        sys.path.insert(0, str(aqlm))
+    torch, engine_module = (importlib.import_module(name) for name in ("torch", "aq_engine"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    torch.manual_seed(options.seed)
+    random.seed(options.seed)
+    (K, N), seconds = W.shape, []
+    layer = torch.nn.Linear(K, N, bias=False, device=device)
+    layer.weight.data = torch.tensor(W.T.copy(), device=device)
+    found, error = None, 0.0
+    for _ in range(options.repeats):
+        wait()
+        start = time.perf_counter()
+        engine = engine_module.AQEngine(layer)
+        engine.XTX.copy_(torch.tensor(H, device=device))
+        found = engine.quantize(args=_arguments(spec, options, device), verbose=False)
+        wait()
+        seconds.append(time.perf_counter() - start)
+    assert found is not None
+    with torch.no_grad():
+        error = relative_objective(W, H, found().cpu().numpy().T)
+        for name in ("codebooks", "scales"):
+            values = getattr(found, name)
+            values.copy_(values.half().float())
+        stored_error = relative_objective(W, H, found().cpu().numpy().T)
+    return {
+        "quantizer": "aqlm",
+        "error": error,
+        "rounds_made": options.rounds,
+        "stored_error": stored_error,
+        "torch": torch.__version__,
+        "torch_jit": os.environ.get("AQ_USE_JIT", "1"),
+        **_times(seconds),
+    }
+
+
+def measure(options: Options, name: str) -> list[Row]:
+    """Rows of both quantizers in one format; the second is missing without `aqlm`."""
+    K, N = options.size
+    spec = CodebookSpec.parse(f"{name}g{K}")
+    W, H = matrix(K, N, options.seed)
+    head = {"spec": str(spec), "K": K, "N": N}
+    rows = [head | ours(W, H, spec, options)]
+    if options.aqlm is not None:
+        rows.append(head | reference(options.aqlm, W, H, spec, options))
+    return rows
+
+
+def summary(rows: list[Row]) -> str:
+    """Ours beside the reference, one line a format; its columns are empty where it is missing."""
+    lines = [
+        f"{'spec':<13}{'error':>10}{'AQLM':>10}{'ratio':>7}{'stored':>10}{'AQLM':>10}{'ratio':>7}"
+        f"{'seconds':>9}{'AQLM':>9}{'faster':>8}{'first':>9}{'AQLM':>9}{'faster':>8}"
+    ]
+    for spec in dict.fromkeys(row["spec"] for row in rows):
+        found = {row["quantizer"]: row for row in rows if row["spec"] == spec}
+        us, them = found["jaxcodec"], found.get("aqlm")
+        line = f"{spec:<13}"
+        for what, width, digits, invert in (
+            ("error", 10, 6, False),
+            ("stored_error", 10, 6, False),
+            ("seconds", 9, 2, True),
+            ("first_seconds", 9, 2, True),
+        ):
+            line += f"{us[what]:>{width}.{digits}f}"
+            if them is None:
+                line += " " * (width + (8 if invert else 7))
+                continue
+            ratio = them[what] / us[what] if invert else us[what] / them[what]
+            line += f"{them[what]:>{width}.{digits}f}{ratio:>{8 if invert else 7}.3f}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def _arguments(spec: CodebookSpec, options: Options, device: Any) -> argparse.Namespace:
+    """What AQLM's command line would say; scale_nbits = 0 is one scale an output feature."""
+    return argparse.Namespace(
+        devices=[device],
+        out_group_size=1,
+        in_group_size=spec.vector_length,
+        num_codebooks=spec.num_codebooks,
+        nbits_per_codebook=spec.bits,
+        codebook_value_nbits=16,
+        codebook_value_num_groups=1,
+        scale_nbits=0,
+        init_max_iter=REFERENCE_ITERATIONS,
+        init_max_points_per_centroid=None,
+        lr=REFERENCE_LEARNING_RATE,
+        max_epochs=options.rounds,
+        steps_per_epoch=options.steps,
+        relative_mse_tolerance=None,
+        print_frequency=options.rounds * options.steps,
+        beam_size=options.beam,
+    )
+
+
+def _times(seconds: list[float]) -> Row:
+    return {"first_seconds": round(seconds[0], 3), "seconds": round(min(seconds), 3)}
+
+
+def main() -> None:
+    """Run the command line; the file is written after every format."""
+    options = tyro.cli(Options, prog="python -m benchmarks.aqlm_matrix")
+    content: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "command": "python -m benchmarks.aqlm_matrix",
+        "options": {
+            k: str(v) for k, v in dataclasses.asdict(options).items() if k not in ("out", "aqlm")
+        },
+        "rows": [],
+    }
+    for name in options.formats:
+        content["rows"] += measure(options, name)
+        print(summary(content["rows"]), flush=True)
+        write_json(options.out, content)
+
+
+if __name__ == "__main__":
+    main()
