@@ -16,10 +16,10 @@ CONFIG = ModelConfig(
     model_type="llama",
     vocab_size=32,
     hidden_size=32,
-    intermediate_size=64,
+    intermediate_size=32,
     num_layers=1,
     num_heads=2,
-    num_kv_heads=1,
+    num_kv_heads=2,
     head_dim=16,
     max_positions=32,
     windows=(None,),
@@ -42,7 +42,7 @@ def test_quantize_writes_a_model_that_inspect_shows(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     out = tmp_path / "out"
-    run(monkeypatch, "quantize", model, "--spec", "m1v2b2g32", "--out", out)
+    run(monkeypatch, "quantize", model, "--spec", "m1v2b2g32", "--preset", "fast", "--out", out)
     printed = capsys.readouterr().out
     assert {str(spec) for _, spec in load_model(out).specs} == {"m1v2b2g32"}
     assert (out / "tokenizer.json").read_text() == "{}"

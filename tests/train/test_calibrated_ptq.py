@@ -32,8 +32,9 @@ TOKENS = np.random.default_rng(0).integers(0, 24, (12, 16), np.int32)
 
 @pytest.fixture(scope="module")
 def dense(config: ModelConfig) -> Model:
-    """Weights large enough for a block to do something to its input."""
-    model = init_model(config, jax.random.key(3))
+    """Weights large enough for a block to do something; one shape, for few compilations."""
+    square = dataclasses.replace(config, num_kv_heads=4, intermediate_size=64)
+    model = init_model(square, jax.random.key(3))
     larger = [
         (path, v.replace(4 * v.get_value()) if path[-1] == "kernel" else v)
         for path, v in nnx.to_flat_state(model.weights)
