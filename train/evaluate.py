@@ -34,11 +34,15 @@ def mean_loss(
     scheme: Scheme = CONVENTIONAL,
     base: Model | None = None,
     batch_size: int = 64,
+    teacher: Model | None = None,
 ) -> LossSums:
-    """The loss over all of `examples`, with the adapter in slot 0 if the model has a bank."""
+    """The loss over all of `examples`, with the adapter in slot 0 if the model has a bank.
+
+    With a teacher it is KL(teacher || model), and `correct` counts where both would say the same.
+    """
     total = LossSums(*jnp.zeros((3,)))
     for batch in batches_in_order(examples, min(batch_size, len(examples))):
-        total += eval_step(model, base, batch, scheme)
+        total += eval_step(model, base, batch, scheme, teacher)
     return total
 
 

@@ -1,4 +1,4 @@
-"""Next-token cross entropy of a batch, as sums that add up over batches.
+"""Next-token cross entropy of a batch, and KL from a teacher, as sums that add up over batches.
 
 Letters: B rows, T tokens a row, V vocabulary.
 """
@@ -17,8 +17,8 @@ class LossSums:
     """Sums over the tokens that carry loss. Adding two gives those of both batches together.
 
     Attributes:
-      loss: f32 [], cross entropy in nats.
-      correct: f32 [], tokens that had the highest logit.
+      loss: f32 [], cross entropy in nats; or KL(teacher || model).
+      correct: f32 [], tokens that had the highest logit; or places where the teacher's had it.
       count: f32 [], tokens.
     """
 
@@ -36,7 +36,7 @@ class LossSums:
 
     @property
     def accuracy(self) -> jax.Array:
-        """Share of the tokens predicted; 0 where no token carries loss."""
+        """Share of the tokens predicted, or agreed on; 0 where no token carries loss."""
         return self.correct / jnp.maximum(self.count, 1)
 
 
@@ -62,5 +62,25 @@ def next_token_loss(logits: jax.Array, batch: Batch) -> LossSums:
             # where, not a product: a row of padding may hold NaN or infinity
             loss=jnp.sum(jnp.where(mask, losses, 0)),
             correct=jnp.sum(mask & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.float32),
+            count=jnp.sum(mask, dtype=jnp.float32),
+        )
+
+
+def kl_divergence(teacher_logits: jax.Array, logits: jax.Array, batch: Batch) -> LossSums:
+    """KL(teacher || model) of the next token's distributions, both logits [B, T, V], in float32.
+
+    sum_x p(x) (log p(x) - log q(x)), p the teacher's and q the model's, is zero where the two
+    agree. Counted are the places of `next_token_loss`. No gradient reaches the teacher.
+    """
+    with jax.named_scope("kl_divergence"):
+        mask = target_mask(batch)
+        logits = logits[:, :-1].astype(jnp.float32)
+        teacher_logits = jax.lax.stop_gradient(teacher_logits[:, :-1].astype(jnp.float32))
+        log_p, log_q = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(logits)
+        losses = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        agree = jnp.argmax(logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+        return LossSums(
+            loss=jnp.sum(jnp.where(mask, losses, 0)),
+            correct=jnp.sum(mask & agree, dtype=jnp.float32),
             count=jnp.sum(mask, dtype=jnp.float32),
         )
