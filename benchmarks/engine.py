@@ -175,7 +175,8 @@ def programs(engine: Engine) -> dict[str, Any]:
 
     A program that copied the cache would show as gigabytes of either.
     """
-    memory = [p.memory_analysis() for p in engine._runner._programs._compiled.values()]
+    programs: Any = engine._runner._programs._compiled.values()
+    memory = [program.memory_analysis() for program in programs]
     return {
         "programs": len(memory),
         "temporary_gb": _gb(max(m.temp_size_in_bytes for m in memory)),

@@ -4,6 +4,8 @@
     icarus         an adapter that reads the cache of its frozen base (ICaRus)
     prefill-share  a decode module that reads prompts written by a frozen base (PrefillShare)
     conventional   the whole model, or an ordinary LoRA, which share nothing
+    distill        the floats of a quantized model, towards its dense teacher (KL)
+    pv-tune        its floats and its codes (PV-Tuning)
     evaluate       perplexity, agreement with a dense model, share of right answers
 
 Every command runs the function of its name here, which scripts can import.
@@ -38,17 +40,29 @@ from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
 from jaxcodec.train.data import read_examples
-from jaxcodec.train.loop import TrainOptions, train
+from jaxcodec.train.loop import TrainOptions, held_out_losses, train
 from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text
+from jaxcodec.train.pv_tuning import PVOptions, changed_share, pv_tuning
 from jaxcodec.train.step import (
     Objective,
     adapter_training,
     decode_module_training,
+    distillation,
     full_training,
 )
 
 SCHEMES = {"conventional": CONVENTIONAL, "prefill-share": PREFILL_SHARE, "icarus": ICARUS}
 Dtype = Literal["bfloat16", "float16", "float32"]
+REPORT = "report.json"
+# A quantized model is not far from its teacher: some hundred steps, looked at often.
+TUNING = TrainOptions(
+    steps=300,
+    batch_size=32,
+    warmup_steps=20,
+    evaluate_every=20,
+    checkpoint_every=100,
+    keep_best=True,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +155,34 @@ class Conventional(Run):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Distill(Run):
+    """Train the floats of a quantized model so that it predicts as its dense teacher does.
+
+    The loss is KL(teacher || model) in nats a token, on all tokens of the data. The weights that
+    did best on eval_data are kept, and those at the start are among them.
+
+    Attributes:
+      model: directory of the quantized model.
+      teacher: directory of the dense model.
+    """
+
+    model: Path
+    teacher: Path
+    options: TrainOptions = TUNING
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PVTune(Distill):
+    """Train the codes of a quantized model too, by PV-Tuning; the rest is as `distill` does it.
+
+    Attributes:
+      codes: how codes are trained.
+    """
+
+    codes: PVOptions = PVOptions()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Measure perplexity, agreement with a dense model, and answers: each where it is asked for.
 
@@ -221,6 +263,18 @@ def conventional(run: Conventional) -> Model | Adapter:
     if run.lora:
         return _train_adapter(model, run, CONVENTIONAL)
     return _train_model(full_training(model), run, run.model)
+
+
+def distill(run: Distill) -> Model:
+    """Train floats towards a teacher; save to `run.out / "model"`, report to "report.json"."""
+    model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
+    return _tune(distillation(model, teacher), run, model)
+
+
+def pv_tune(run: PVTune) -> Model:
+    """Train floats and codes towards a teacher; save and report as `distill` does."""
+    model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
+    return _tune(pv_tuning(model, teacher, run.codes), run, model)
 
 
 def evaluate(run: Evaluate) -> None:
@@ -312,6 +366,14 @@ def _train_model(objective: Objective, run: Run, tokenizer: Path, pack: bool = F
     return model
 
 
+def _tune(objective: Objective, run: Distill, model: Model) -> Model:
+    tuned = _train_model(objective, run, run.model, pack=True)
+    report = held_out_losses(run.out) | {"codes_changed": changed_share(model, tuned)}
+    write_json(run.out / REPORT, report)
+    print(json.dumps(report, indent=2))
+    return tuned
+
+
 def _train_adapter(base: Model, run: Icarus | Conventional, scheme: Scheme) -> Adapter:
     key = jax.random.key(run.options.seed)
     adapter = init_adapter(base, key, run.rank, run.alpha, run.targets)
@@ -338,6 +400,8 @@ def main() -> None:
         "icarus": icarus,
         "prefill-share": prefill_share,
         "conventional": conventional,
+        "distill": distill,
+        "pv-tune": pv_tune,
         "evaluate": evaluate,
     }
     try:

@@ -36,10 +36,14 @@ def mean_loss(
     scheme: Scheme = CONVENTIONAL,
     base: Model | None = None,
     batch_size: int = 64,
+    teacher: Model | None = None,
 ) -> LossSums:
-    """The loss over all of `examples`, with the adapter in slot 0 if the model has a bank."""
+    """The loss over all of `examples`, with the adapter in slot 0 if the model has a bank.
+
+    With a teacher it is KL(teacher || model), and `correct` counts where both would say the same.
+    """
     return sum_over_batches(
-        lambda batch: eval_step(model, base, batch, scheme), examples, batch_size
+        lambda batch: eval_step(model, base, batch, scheme, teacher), examples, batch_size
     )
 
 

@@ -2,7 +2,8 @@
 
 <directory>/run.json        what run this is
 <directory>/log.jsonl       one object a line: step, loss, accuracy, grad_norm, learning_rate,
-                            tokens and seconds since the start, eval_loss where evaluated
+                            tokens and seconds since the start, eval_loss where evaluated;
+                            eval_loss alone at step 0 where the best is kept
 <directory>/checkpoints/    the last few states
 """
 
@@ -29,10 +30,12 @@ from jaxcodec.train.evaluate import mean_loss
 from jaxcodec.train.progress import Report, progress
 from jaxcodec.train.step import (
     Objective,
+    TrainState,
     init_state,
     make_optimizer,
     make_schedule,
     make_train_step,
+    with_best,
 )
 
 LOG = "log.jsonl"
@@ -57,6 +60,8 @@ class TrainOptions:
       log_every: steps between lines of the log; the loss in one is the mean since the last.
       evaluate_every: steps between evaluations on the held-out file.
       checkpoint_every: steps between checkpoints: what a killed process loses at most.
+      keep_best: return the weights of least eval_loss, those at the start among them, instead of
+        the last.
     """
 
     steps: int = 1000
@@ -70,6 +75,7 @@ class TrainOptions:
     log_every: int = 20
     evaluate_every: int = 200
     checkpoint_every: int = 200
+    keep_best: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", *PACE):
@@ -95,16 +101,25 @@ def train(
     bits as one that was never stopped; a finished one returns at once.
 
     Raises:
-      ValueError: the directory holds another run; tokens or `max_length` beyond the model.
+      ValueError: the directory holds another run; tokens or `max_length` beyond the model; no
+        held-out examples to tell the best by.
       FloatingPointError: the loss is NaN or infinite; the last checkpoint is from before.
     """
     for which in (examples, eval_examples):
         _check_examples(objective, which)
+    if options.keep_best and eval_examples is None:
+        raise ValueError(
+            "keep_best needs held-out examples to tell the best by, and there are none: give them "
+            "(--eval-data), or keep the last weights (--no-keep-best)."
+        )
     schedule = make_schedule(options.learning_rate, options.warmup_steps, options.steps)
-    claim_directory(directory, _manifest(objective, examples, options))
+    claim_directory(directory, _manifest(objective, examples, options, eval_examples))
     optimizer = make_optimizer(schedule, options.weight_decay, options.clip_norm)
+    optimizer = objective.optimizer(
+        optimizer, make_schedule(1.0, options.warmup_steps, options.steps)
+    )
     train_step = make_train_step(objective, optimizer, options.accumulate)
-    state = init_state(objective, optimizer)
+    state = init_state(objective, optimizer, options.keep_best)
     batches = shuffled_batches(examples, options.batch_size, options.seed)
     with Checkpoints(directory) as checkpoints:
         if checkpoints.latest is not None:
@@ -113,6 +128,9 @@ def train(
         start = int(state.step)
         log = Log(Path(directory) / LOG, start, schedule)
         with log, progress(options.steps, start) as report:
+            if eval_examples is not None and options.keep_best and not start:
+                state, eval_loss = _evaluate(objective, state, eval_examples)
+                log.write_start(eval_loss)
             metrics = []
             for step in range(start + 1, options.steps + 1):
                 state, step_metrics = train_step(state, objective.frozen, next(batches))
@@ -125,20 +143,46 @@ def train(
                 record = log.record(step, metrics)
                 metrics = []
                 if held_out is not None:
-                    record["eval_loss"] = _eval_loss(objective, state.trainable, held_out)
+                    state, record["eval_loss"] = _evaluate(objective, state, held_out)
                 log.write(record, options.steps, report)
                 if saves:
                     checkpoints.save(state, batches.get_state())
-    return objective.artifact(state.trainable)
+    return objective.artifact(state.trainable) if state.best is None else state.best.artifact
+
+
+def held_out_losses(directory: str | os.PathLike) -> dict[str, Any]:
+    """What the log of a run says of its held-out loss, in nats a token.
+
+    Returns:
+      start (where the best was kept), best, best_step and last; nothing where none was measured.
+    """
+    losses = {
+        record["step"]: record["eval_loss"]
+        for record in _read_log(Path(directory) / LOG)
+        if "eval_loss" in record
+    }
+    if not losses:
+        return {}
+    best_step = min(losses, key=lambda step: losses[step])
+    start = {"start": losses[0]} if 0 in losses else {}
+    best = {"best": losses[best_step], "best_step": best_step}
+    return start | best | {"last": losses[max(losses)]}
 
 
 def _due(step: int, options: TrainOptions, interval: str) -> bool:
     return step % getattr(options, interval) == 0 or step == options.steps
 
 
-def _eval_loss(objective: Objective, trainable: Any, examples: Examples) -> float:
-    model, base = objective.models(trainable, objective.frozen)
-    return float(mean_loss(model, examples, objective.scheme, base).mean)
+def _evaluate(
+    objective: Objective, state: TrainState, examples: Examples
+) -> tuple[TrainState, float]:
+    """The state, whose weights are its best if none were better, and their loss."""
+    model, base = objective.models(state.trainable, objective.frozen)
+    teacher = objective.teacher(objective.frozen)
+    loss = float(mean_loss(model, examples, objective.scheme, base, teacher=teacher).mean)
+    if state.best is not None and loss < state.best.loss:
+        state = with_best(state, objective, loss)
+    return state, loss
 
 
 def _check_examples(objective: Objective, examples: Examples | None) -> None:
@@ -157,23 +201,26 @@ def _check_examples(objective: Objective, examples: Examples | None) -> None:
         )
 
 
-def _manifest(objective: Objective, examples: Examples, options: TrainOptions) -> dict[str, Any]:
+def _manifest(
+    objective: Objective, examples: Examples, options: TrainOptions, held_out: Examples | None
+) -> dict[str, Any]:
     chosen: dict[str, Any] = {
         field.name: getattr(options, field.name)
         for field in dataclasses.fields(options)
-        if field.name not in PACE
+        if field.name not in (*PACE, "keep_best")
     }
-    scheme, trainable = objective.scheme, objective.trainable
-    if isinstance(trainable, Adapter):
-        chosen |= {"rank": trainable.rank, "alpha": trainable.alpha}
-        chosen["targets"] = ", ".join(trainable.targets)
+    if options.keep_best and held_out is not None:
+        # The best is one of those that were looked at.
+        chosen |= {"keep_best_every": options.evaluate_every, "keep_best_by": held_out.digest()}
+    scheme = objective.scheme
     return chosen | {
         "prompt_writer": scheme.prompt_writer,
         "response_writer": scheme.response_writer,
         "max_length": examples.max_length,
         "data": examples.digest(),
-        "trained_weights_at_start": digest(trainable),
+        "trained_weights_at_start": digest(objective.trainable),
         "frozen_weights": digest(objective.frozen),
+        **objective.manifest(),
     }
 
 
@@ -182,7 +229,7 @@ class Log:
 
     def __init__(self, path: Path, start: int, schedule: optax.Schedule):
         self._schedule = schedule
-        kept = [record for record in _read_log(path) if record["step"] <= start]
+        kept = [record for record in _read_log(path) if start and record["step"] <= start]
         with replacement(path) as [temporary]:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
@@ -206,7 +253,7 @@ class Log:
         values = jax.device_get(list(metrics))
         mean = {
             name: sum(float(v[name]) for v in values) / len(values)
-            for name in ("loss", "accuracy", "grad_norm")
+            for name in values[0].keys() - {"tokens"}
         }
         if not math.isfinite(mean["loss"]):
             raise FloatingPointError(
@@ -221,10 +268,15 @@ class Log:
             "seconds": time.perf_counter() - self._origin,
         }
 
+    def write_start(self, eval_loss: float) -> None:
+        """A first line, of what the run starts from."""
+        seconds = time.perf_counter() - self._origin
+        self._last = {"step": 0, "eval_loss": eval_loss, "tokens": 0, "seconds": seconds}
+        self._append(self._last)
+
     def write(self, record: dict[str, Any], steps: int, report: Report) -> None:
         """Append `record` to the file and show it."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._append(record)
         seconds = record["seconds"] - self._last["seconds"]
         rate = (record["tokens"] - self._last["tokens"]) / seconds
         left = (steps - record["step"]) * seconds / (record["step"] - self._last["step"])
@@ -233,6 +285,10 @@ class Log:
             text += f"  eval {record['eval_loss']:.4f}"
         report(record["step"], f"{text}  {rate:,.0f} tokens/s", left)
         self._last = record
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Next-token cross entropy, as sums that add up over positions and batches.
+"""Next-token cross entropy and KL from a teacher, as sums over positions and batches.
 
 Letters: B rows, T tokens a row, t positions of a chunk, D hidden, V vocabulary.
 """
@@ -26,8 +26,8 @@ class LossSums:
     """Sums over the tokens that carry loss; those of two batches add up, field by field.
 
     Attributes:
-      loss: f32 [], cross entropy in nats.
-      correct: f32 [], tokens that had the highest logit.
+      loss: f32 [], cross entropy in nats; or KL(teacher || model).
+      correct: f32 [], tokens that had the highest logit; or places where the teacher's had it.
       count: f32 [], tokens.
     """
 
@@ -42,7 +42,7 @@ class LossSums:
 
     @property
     def accuracy(self) -> jax.Array:
-        """Share of the tokens predicted; 0 where no token carries loss."""
+        """Share of the tokens predicted, or agreed on; 0 where no token carries loss."""
         return self.correct / jnp.maximum(self.count, 1)
 
 
@@ -71,6 +71,33 @@ def loss_sums(logits: jax.Array, targets: jax.Array, mask: jax.Array) -> LossSum
             # where, not a product: a row of padding may hold NaN or infinity
             loss=jnp.sum(jnp.where(mask, losses, 0)),
             correct=jnp.sum(mask & (jnp.argmax(logits, axis=-1) == targets), dtype=jnp.float32),
+            count=jnp.sum(mask, dtype=jnp.float32),
+        )
+
+
+def kl_divergence(teacher_logits: jax.Array, logits: jax.Array, batch: Batch) -> LossSums:
+    """KL(teacher || model) of the next token's distributions, both logits [B, T, V], in float32.
+
+    Counted are the places of `next_token_loss`.
+    """
+    return kl_sums(teacher_logits[:, :-1], logits[:, :-1], target_mask(batch))
+
+
+def kl_sums(teacher_logits: jax.Array, logits: jax.Array, mask: jax.Array) -> LossSums:
+    """KL(teacher || model) of distributions given by logits [..., V], where `mask`, in float32.
+
+    sum_x p(x) (log p(x) - log q(x)), p the teacher's and q the model's, is zero where the two
+    agree. No gradient reaches the teacher.
+    """
+    with jax.named_scope("kl_divergence"):
+        logits = logits.astype(jnp.float32)
+        teacher_logits = jax.lax.stop_gradient(teacher_logits.astype(jnp.float32))
+        log_p, log_q = jax.nn.log_softmax(teacher_logits), jax.nn.log_softmax(logits)
+        losses = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        agree = jnp.argmax(logits, axis=-1) == jnp.argmax(teacher_logits, axis=-1)
+        return LossSums(
+            loss=jnp.sum(jnp.where(mask, losses, 0)),
+            correct=jnp.sum(mask & agree, dtype=jnp.float32),
             count=jnp.sum(mask, dtype=jnp.float32),
         )
 

@@ -24,13 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxcodec.models.scheme import CONVENTIONAL, Scheme
 from jaxcodec.models.transformer import Model
 from jaxcodec.train.data import Batch, Examples
-from jaxcodec.train.loss import LossSums, loss_sums, sum_over_batches, sum_over_positions
+from jaxcodec.train.loss import LossSums, kl_sums, loss_sums, sum_over_batches, sum_over_positions
 from jaxcodec.train.step import batch_states, eval_step
 
 # Of a window, where nobody says more: that of GPTQ, and of CodeGEMM's own evaluation.
@@ -238,14 +237,12 @@ def _agreement_step(
         states: tuple[jax.Array, jax.Array], targets: jax.Array, mask: jax.Array
     ) -> _AgreementSums:
         ours, theirs = model_logits(states[0]), dense_logits(states[1])
-        log_q, log_p = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
-        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
-        same = jnp.argmax(ours, axis=-1) == jnp.argmax(theirs, axis=-1)
+        apart = kl_sums(theirs, ours, mask)
         return _AgreementSums(
             loss_sums(ours, targets, mask),
             loss_sums(theirs, targets, mask),
-            jnp.sum(jnp.where(mask, kl, 0)),
-            jnp.sum(mask & same, dtype=jnp.float32),
+            apart.loss,
+            apart.correct,
         )
 
     own = batch_states(model, base, batch, scheme)

@@ -20,7 +20,14 @@ from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
 from jaxcodec.models.steps import hidden_states
 from jaxcodec.models.transformer import Model
 from jaxcodec.train.data import Batch
-from jaxcodec.train.loss import LossSums, loss_sums, next_token_loss, sum_over_positions
+from jaxcodec.train.loss import (
+    LossSums,
+    kl_divergence,
+    kl_sums,
+    loss_sums,
+    next_token_loss,
+    sum_over_positions,
+)
 
 PyTree = Any
 Models = Callable[[PyTree, PyTree], tuple[Model, Model | None]]
@@ -37,12 +44,15 @@ class Objective:
       frozen: everything else; no gradient is taken of it.
       models: pure (trainable, frozen) -> (model in training with its adapter in slot 0 of its
         bank, base that writes prompts under prefill_share or None), in the base's dtype.
+      teacher: pure frozen -> the model whose next-token distribution is the target, or None where
+        the tokens of the data are.
     """
 
     scheme: Scheme
     trainable: PyTree
     frozen: PyTree
     models: Models
+    teacher: Callable[[PyTree], Model | None] = lambda frozen: None
 
     @property
     def config(self) -> ModelConfig:
@@ -57,13 +67,31 @@ class Objective:
         model, _ = self.models(trainable, self.frozen)
         return model
 
+    def optimizer(
+        self, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    ) -> optax.GradientTransformation:
+        """The run's optimizer of `trainable`, given one of weights and the schedule of its rate."""
+        return optimizer
+
+    def settle(self, trainable: PyTree) -> tuple[PyTree, dict[str, jax.Array]]:
+        """What follows the optimizer in every step, pure, and metrics of it, f32 []."""
+        return trainable, {}
+
+    def manifest(self) -> dict[str, Any]:
+        """What tells this run from others besides its weights; flat, JSON values."""
+        if not isinstance(self.trainable, Adapter):
+            return {}
+        adapter = self.trainable
+        targets = ", ".join(adapter.targets)
+        return {"rank": adapter.rank, "alpha": adapter.alpha, "targets": targets}
+
 
 def full_training(model: Model) -> Objective:
     """All floats of `model`: kernels, or codebooks and scales where the codes stay; `conventional`.
 
     With the codes frozen this is how a model that k-means quantized is brought back.
     """
-    trainable, frozen, merge = _split(model)
+    trainable, frozen, merge = split_floats(model)
     return Objective(
         CONVENTIONAL, trainable, frozen, lambda floats, rest: (merge(floats, rest), None)
     )
@@ -78,7 +106,7 @@ def decode_module_training(model: Model, base: Model) -> Objective:
       ValueError: the two models' caches do not have the same shape.
     """
     _check_same_cache(model.config, base.config)
-    trainable, rest, merge = _split(model)
+    trainable, rest, merge = split_floats(model)
 
     def models(trainable: PyTree, frozen: tuple[Model, Model]) -> tuple[Model, Model]:
         rest, base = frozen
@@ -106,6 +134,49 @@ def adapter_training(base: Model, adapter: Adapter, scheme: Scheme = ICARUS) -> 
     )
 
 
+def distillation(model: Model, teacher: Model) -> Objective:
+    """All floats of a quantized `model`, drawn to the next-token distribution of `teacher`.
+
+    The loss is KL(teacher || model) in nats a token. Codes stay; see pv_tuning.py for them.
+    Source: PV-Tuning (arXiv 2405.14852) and its authors' code, which tune end to end so.
+
+    Raises:
+      ValueError: `model` is dense, or `teacher` does not know its vocabulary or its context.
+    """
+    check_teacher(model, teacher)
+    trainable, rest, merge = split_floats(model)
+    return Objective(
+        CONVENTIONAL,
+        trainable,
+        (rest, teacher),
+        lambda floats, frozen: (merge(floats, frozen[0]), None),
+        lambda frozen: frozen[1],
+    )
+
+
+def check_teacher(model: Model, teacher: Model) -> None:
+    """Refuse a dense `model`, and a `teacher` that does not speak its language.
+
+    Raises:
+      ValueError: says which of the two, and what to do.
+    """
+    if not model.specs:
+        raise ValueError(
+            "The model is dense, so there is nothing to bring back: quantize it first, and give "
+            "the dense one as the teacher."
+        )
+    if model.config.vocab_size != teacher.config.vocab_size:
+        raise ValueError(
+            "Teacher and model must share one vocabulary; the teacher has "
+            f"{teacher.config.vocab_size} tokens, the model {model.config.vocab_size}."
+        )
+    if model.config.max_positions > teacher.config.max_positions:
+        raise ValueError(
+            f"The teacher's context of {teacher.config.max_positions} tokens is shorter than the "
+            f"model's {model.config.max_positions}."
+        )
+
+
 def batch_states(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> jax.Array:
     """Hidden states [B, T, D] of the model with, if it has a bank, the adapter in slot 0."""
     shared = scheme == PREFILL_SHARE
@@ -125,19 +196,39 @@ def batch_logits(model: Model, base: Model | None, batch: Batch, scheme: Scheme)
     return model.module.logits(batch_states(model, base, batch, scheme))
 
 
+def batch_loss(
+    model: Model,
+    base: Model | None,
+    batch: Batch,
+    scheme: Scheme,
+    teacher: Model | None = None,
+) -> LossSums:
+    """KL(teacher || model), or cross entropy with the batch's tokens where there is no teacher."""
+    logits = batch_logits(model, base, batch, scheme)
+    if teacher is None:
+        return next_token_loss(logits, batch)
+    return kl_divergence(batch_logits(teacher, None, batch, CONVENTIONAL), logits, batch)
+
+
 @functools.partial(jax.jit, static_argnames="scheme")
-def eval_step(model: Model, base: Model | None, batch: Batch, scheme: Scheme) -> LossSums:
-    """The loss of a batch, as sums, without a step; never more than `LOGITS_AT_ONCE` logits."""
-    logits = model.module.logits
-    return sum_over_positions(
-        lambda states, targets, mask: loss_sums(logits(states), targets, mask),
-        batch_states(model, base, batch, scheme),
-        batch,
-        model.config.vocab_size,
-    )
+def eval_step(
+    model: Model,
+    base: Model | None,
+    batch: Batch,
+    scheme: Scheme,
+    teacher: Model | None = None,
+) -> LossSums:
+    """The same without a step: never more than `LOGITS_AT_ONCE` logits of a model."""
+    logits, states = model.module.logits, batch_states(model, base, batch, scheme)
+    if teacher is None:
+        sums = lambda states, targets, mask: loss_sums(logits(states), targets, mask)
+        return sum_over_positions(sums, states, batch, model.config.vocab_size)
+    told, others = teacher.module.logits, batch_states(teacher, None, batch, CONVENTIONAL)
+    sums = lambda both, _, mask: kl_sums(told(both[1]), logits(both[0]), mask)
+    return sum_over_positions(sums, (states, others), batch, model.config.vocab_size)
 
 
-def _split(model: Model) -> tuple[PyTree, Model, Callable[[PyTree, Model], Model]]:
+def split_floats(model: Model) -> tuple[PyTree, Model, Callable[[PyTree, Model], Model]]:
     """Float32 masters of the floats, the model that holds the rest, and how to join the two."""
     floats, rest = nnx.split_state(with_bank(model, None).weights, nnx.Param, ...)
     dtypes = jax.tree.map(lambda x: x.dtype, floats)
@@ -151,7 +242,25 @@ def _split(model: Model) -> tuple[PyTree, Model, Callable[[PyTree, Model], Model
 
 def _master(tree: PyTree) -> PyTree:
     # A copy even of float32: the step donates its state, and the model must outlive it.
-    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
+    return jax.tree.map(
+        lambda x: jnp.array(x, jnp.float32 if _is_float(x) else x.dtype, copy=True), tree
+    )
+
+
+def _is_float(leaf: jax.Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _floats(tree: PyTree) -> PyTree:
+    """`tree` with None in place of the leaves that no gradient is taken of."""
+    return jax.tree.map(lambda x: x if _is_float(x) else None, tree)
+
+
+def _with_floats(tree: PyTree, floats: PyTree) -> PyTree:
+    """`tree` with the leaves of `floats`."""
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, floats, tree, is_leaf=lambda x: x is None
+    )
 
 
 def _check_same_cache(model: ModelConfig, base: ModelConfig) -> None:
@@ -165,24 +274,49 @@ def _check_same_cache(model: ModelConfig, base: ModelConfig) -> None:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Best:
+    """The artifact of least loss on held-out examples so far.
+
+    Attributes:
+      loss: f32 [], nats a token.
+      artifact: the model or adapter.
+    """
+
+    loss: jax.Array
+    artifact: PyTree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """All that a step changes; donated to it.
 
     Attributes:
       step: i32 [], steps taken.
-      trainable: float32 master weights.
+      trainable: float32 master weights; integers, which a settling may change, as they are.
       optimizer: the optimizer's own state.
+      best: None where the last weights count.
     """
 
     step: jax.Array
     trainable: PyTree
     optimizer: PyTree
+    best: Best | None = None
 
 
-def init_state(objective: Objective, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+    objective: Objective, optimizer: optax.GradientTransformation, keep_best: bool = False
+) -> TrainState:
     """The state before the first step; it shares no buffer with `objective`."""
     trainable = _master(objective.trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(trainable))
+    state = TrainState(jnp.zeros((), jnp.int32), trainable, optimizer.init(_floats(trainable)))
+    return with_best(state, objective, jnp.inf) if keep_best else state
+
+
+def with_best(state: TrainState, objective: Objective, loss: float) -> TrainState:
+    """`state` whose weights are its best, as copies: the step donates both."""
+    artifact = jax.tree.map(jnp.copy, objective.artifact(state.trainable))
+    return dataclasses.replace(state, best=Best(jnp.float32(loss), artifact))
 
 
 def make_schedule(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
@@ -227,42 +361,49 @@ def make_train_step(
     """One step: gradient of the mean loss over the counted tokens of the batch, then `optimizer`.
 
     Args:
-      objective: its scheme and `models`; the arrays come with the call.
+      objective: its scheme and functions; the arrays come with the call.
       accumulate: A; the batch runs as A micro-batches one after the other. B must be a multiple
         of A. Loss and gradient are sums divided once, so the result is that of the whole batch.
 
     Returns:
       Jitted (state, frozen, batch) -> (state, metrics), the state donated; metrics are f32 []:
-      loss (nats a token), accuracy, grad_norm (before clipping), tokens (all in the batch).
+      loss (nats a token), accuracy, grad_norm (before clipping), tokens (all in the batch), and
+      those of the objective's settling.
     """
 
-    def loss(trainable: PyTree, frozen: PyTree, batch: Batch) -> tuple[jax.Array, LossSums]:
-        model, base = objective.models(trainable, frozen)
-        sums = next_token_loss(batch_logits(model, base, batch, objective.scheme), batch)
+    def loss(
+        floats: PyTree, trainable: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[jax.Array, LossSums]:
+        model, base = objective.models(_with_floats(trainable, floats), frozen)
+        teacher = objective.teacher(frozen)
+        sums = batch_loss(model, base, batch, objective.scheme, teacher)
         return sums.loss, sums
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(
         state: TrainState, frozen: PyTree, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        floats = _floats(state.trainable)
+
         def add(total: PyTree, rows: Batch) -> tuple[PyTree, None]:
-            gradient, sums = jax.grad(loss, has_aux=True)(state.trainable, frozen, rows)
+            gradient, sums = jax.grad(loss, has_aux=True)(floats, state.trainable, frozen, rows)
             return jax.tree.map(jnp.add, total, (gradient, sums)), None
 
         zero = jnp.zeros((), jnp.float32)
-        start = (jax.tree.map(jnp.zeros_like, state.trainable), LossSums(zero, zero, zero))
+        start = (jax.tree.map(jnp.zeros_like, floats), LossSums(zero, zero, zero))
         (total, sums), _ = jax.lax.scan(add, start, _micro_batches(batch, accumulate))
         gradient = jax.tree.map(lambda g: g / jnp.maximum(sums.count, 1), total)
         with jax.named_scope("optimizer"):
-            updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trainable)
-            trainable = optax.apply_updates(state.trainable, updates)
+            updates, optimizer_state = optimizer.update(gradient, state.optimizer, floats)
+            floats = optax.apply_updates(floats, updates)
+            trainable, settled = objective.settle(_with_floats(state.trainable, floats))
         metrics = {
             "loss": sums.mean,
             "accuracy": sums.accuracy,
             "grad_norm": optax.tree.norm(gradient),
             "tokens": jnp.sum(batch.counts, dtype=jnp.float32),
         }
-        return TrainState(state.step + 1, trainable, optimizer_state), metrics
+        return TrainState(state.step + 1, trainable, optimizer_state, state.best), metrics | settled
 
     return train_step
 

@@ -12,7 +12,8 @@ import pytest
 
 import jaxcodec.train.loop as loop
 from jaxcodec.train.data import read_examples
-from jaxcodec.train.loop import TrainOptions, train
+from jaxcodec.train.evaluate import mean_loss
+from jaxcodec.train.loop import TrainOptions, held_out_losses, train
 from jaxcodec.train.step import full_training
 
 OPTIONS = TrainOptions(
@@ -119,6 +120,27 @@ def test_a_loss_that_is_not_finite_stops_the_run(objective, examples, tmp_path):
     with pytest.raises(FloatingPointError, match="The loss is nan at step 2"):
         train(dataclasses.replace(objective, trainable=broken), examples, OPTIONS, tmp_path)
     assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_the_best_weights_are_kept_those_at_the_start_among_them(objective, examples, tmp_path):
+    options = dataclasses.replace(OPTIONS, evaluate_every=2, keep_best=True)
+    with pytest.raises(ValueError, match=r"keep_best needs held-out examples.*--eval-data"):
+        train(objective, examples, options, tmp_path)
+    good = train(objective, examples, options, tmp_path / "a", examples)
+    losses = held_out_losses(tmp_path / "a")
+    assert losses["best"] == pytest.approx(float(mean_loss(good, examples).mean), rel=1e-6)
+    assert losses["best"] < losses["start"]
+
+    spoiled = (full_training(good), examples, dataclasses.replace(options, learning_rate=1e4))
+    for _ in range(2):  # the second finds the run finished
+        kept = train(*spoiled, tmp_path / "b", examples)
+        chex.assert_trees_all_equal(kept, good)
+    losses = held_out_losses(tmp_path / "b")
+    assert losses["best_step"] == 0
+    assert losses["best"] == losses["start"] < losses["last"]
+    seldom = dataclasses.replace(spoiled[-1], evaluate_every=3)
+    with pytest.raises(ValueError, match="keep_best_every was 2 and is 3"):
+        train(*spoiled[:-1], seldom, tmp_path / "b", examples)
 
 
 def test_examples_beyond_the_model_are_refused(objective, examples, tmp_path):

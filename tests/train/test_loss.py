@@ -5,10 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from jaxcodec.train import loss
 from jaxcodec.train.data import Batch
-from jaxcodec.train.loss import loss_sums, next_token_loss, sum_over_positions, target_mask
+from jaxcodec.train.loss import (
+    kl_divergence,
+    loss_sums,
+    next_token_loss,
+    sum_over_positions,
+    target_mask,
+)
 
 BATCH = Batch(
     np.array([[5, 6, 7, 2, 0, 0], [3, 1, 4, 1, 5, 2], [0, 0, 0, 0, 0, 0]]),
@@ -72,3 +79,30 @@ def test_sums_over_chunks_of_positions_are_those_of_all_logits(key, monkeypatch,
     monkeypatch.setattr(loss, "LOGITS_AT_ONCE", at_once)
     found = sum_over_positions(loss_sums, logits, BATCH, 9)
     chex.assert_trees_all_close(found, next_token_loss(logits, BATCH), rtol=1e-6)
+
+
+def test_the_divergence_is_kullback_and_leiblers_on_the_counted_tokens(key):
+    teacher, logits = 3 * jax.random.normal(key, (2, 2, 5, 7))
+    tokens = np.zeros((2, 5), np.int32)
+    batch = Batch(tokens, np.array([5, 3], np.int32), np.array([2, 1], np.int32))
+    p, q = (scipy.special.softmax(np.array(x, np.float64), axis=-1) for x in (teacher, logits))
+    counted = [(0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    expected = sum(scipy.special.rel_entr(p[place], q[place]).sum() for place in counted)
+    sums = kl_divergence(teacher, logits, batch)
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
+    assert sums.count == len(counted)
+    assert sums.correct == sum(p[place].argmax() == q[place].argmax() for place in counted)
+
+
+def test_a_model_is_no_distance_from_itself_and_stays_there(key):
+    logits = 3 * jax.random.normal(key, (2, 5, 7))
+    full = np.full(2, 5, np.int32)
+    batch = Batch(np.zeros((2, 5), np.int32), full, np.ones(2, np.int32))
+    loss, (to_teacher, to_model) = jax.value_and_grad(
+        lambda teacher, model: kl_divergence(teacher, model, batch).loss, (0, 1)
+    )(logits, logits)
+    assert loss == 0
+    assert not np.any(to_teacher)
+    np.testing.assert_allclose(to_model, 0, atol=1e-6)
+    other = jax.grad(lambda teacher: kl_divergence(teacher, 2 * logits, batch).loss)(logits)
+    assert not np.any(other)

@@ -9,20 +9,26 @@ import chex
 import jax
 import pytest
 
-from jaxcodec.models.load import load_model, save_model
+from jaxcodec.models.load import copy_tokenizer, load_model, save_model
 from jaxcodec.models.tokenizer import PretrainedTokenizer
+from jaxcodec.models.transformer import init_model
+from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.__main__ import (
     Conventional,
+    Distill,
     Evaluate,
     Icarus,
     PrefillShare,
     Pretrain,
+    PVTune,
     conventional,
+    distill,
     evaluate,
     icarus,
     main,
     prefill_share,
     pretrain,
+    pv_tune,
 )
 from jaxcodec.train.loop import TrainOptions
 from jaxcodec.train.perplexity import agreement
@@ -130,3 +136,27 @@ def test_conventional_training_leaves_a_model_or_an_adapter(base, pairs_file, tm
     conventional(run)
     assert (tmp_path / "run" / ("adapter" if lora else "model")).is_dir()
     assert not (tmp_path / "run" / ("model" if lora else "adapter")).exists()
+
+
+@pytest.mark.parametrize(("command", "options"), [(distill, Distill), (pv_tune, PVTune)])
+def test_a_quantized_model_is_tuned_towards_its_teacher(
+    base, pairs_file, tmp_path, command, options, capsys
+):
+    dense = load_model(base)
+    spec = CodebookSpec.parse("m1v4b4g32")
+    path = "layers.0.self_attn.q_proj"
+    quantized = tmp_path / "quantized"
+    save_model(quantized, init_model(dense.config, jax.random.key(1), specs=((path, spec),)))
+    copy_tokenizer(base, quantized)
+    tuning = dataclasses.replace(OPTIONS, keep_best=True)
+    arguments = run_options(pairs_file, tmp_path / "run", teacher=base, eval_data=pairs_file)
+    arguments |= {"options": tuning}
+    tuned = command(options(**arguments, model=quantized))
+    assert tuned.specs == ((path, spec),)
+    chex.assert_trees_all_equal(load_model(tmp_path / "run/model"), tuned)
+    report = json.loads((tmp_path / "run/report.json").read_text())
+    assert report["best"] <= report["start"]
+    assert report["codes_changed"] == 0 or command is pv_tune
+    assert '"codes_changed"' in capsys.readouterr().out
+    with pytest.raises(ValueError, match="The model is dense"):
+        command(options(**arguments, model=base))
