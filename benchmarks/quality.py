@@ -74,6 +74,7 @@ class Options:
       epochs: of block tuning, at most.
       steps: of kl, and of pv.
       learning_rate: of the floats in both.
+      code_learning_rate: of the codes in pv.
       selection: windows that choose the best of kl and pv.
       heldout_windows: windows measured, at most.
       preset: of the search: how much work a matrix is worth.
@@ -92,6 +93,7 @@ class Options:
     epochs: int = 5
     steps: int = 200
     learning_rate: float = 3e-4
+    code_learning_rate: float = PVOptions.code_learning_rate
     selection: int = 64
     heldout_windows: int = 256
     preset: str = "default"
@@ -182,10 +184,11 @@ def stages(
             seconds = time.perf_counter() - clock
             yield stage, model, seconds
     # Without changes of codes PV-Tuning is the end-to-end tuning of floats, step for step.
-    for stage, change in (("kl", 0.0), ("pv", PVOptions().max_code_change)):
+    pv = PVOptions(code_learning_rate=options.code_learning_rate)
+    for stage, how in (("kl", dataclasses.replace(pv, max_code_change=0.0)), ("pv", pv)):
         if stage in options.stages:
             clock = time.perf_counter()
-            tuned = _tune(model, dense, text, PVOptions(max_code_change=change), options)
+            tuned = _tune(model, dense, text, how, options)
             yield stage, tuned, seconds + time.perf_counter() - clock
 
 
