@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
@@ -167,7 +168,7 @@ def stages(
     """(stage, model, seconds from the dense model to it, compilation included)."""
     if "kmeans" in options.stages:
         clock = time.perf_counter()
-        model, _ = quantize_model(dense, spec, options=PRESETS["kmeans"], quiet=True)
+        model = _quantize(dense, spec, None, PRESETS["kmeans"])
         yield "kmeans", model, time.perf_counter() - clock
     model, seconds = dense, 0.0
     for stage, epochs in (("search", 0), ("block", options.epochs)):
@@ -179,8 +180,7 @@ def stages(
                 seed=options.seed,
             )
             clock = time.perf_counter()
-            calibration = text.tuning[: options.sequences]
-            model, _ = quantize_model(dense, spec, calibration, how, quiet=True)
+            model = _quantize(dense, spec, text.tuning[: options.sequences], how)
             seconds = time.perf_counter() - clock
             yield stage, model, seconds
     # Without changes of codes PV-Tuning is the end-to-end tuning of floats, step for step.
@@ -245,6 +245,15 @@ def _row(
         "heldout_tokens": found.model.tokens,
         "seconds": round(seconds, 2),
     }
+
+
+def _quantize(
+    dense: Model, spec: CodebookSpec, calibration: np.ndarray | None, how: QuantizeOptions
+) -> Model:
+    model, _ = quantize_model(dense, spec, calibration, how, quiet=True)
+    # By way of the host, so that its arrays are bound to no device, as those of `dense` are: a
+    # program that gets some of either kind is compiled again for what it returns.
+    return jax.tree.map(jnp.asarray, jax.device_get(model))
 
 
 def _tune(model: Model, dense: Model, text: Text, how: PVOptions, options: Options) -> Model:
