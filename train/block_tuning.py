@@ -97,7 +97,9 @@ def tune_block(
     fixed = dataclasses.replace(block, weights=codes)
     units = jax.tree.map(_root_mean_square, floats)
     params = jax.tree.map(lambda x, unit: x.astype(jnp.float32) / unit, floats, units)
-    adam, kept = _adam().init(params), block
+    # Placed before the first step as they are after it, or it would be compiled twice.
+    params, adam = place.replicated((params, _adam().init(params)))
+    kept = block
     steps = options.epochs * -(-split // batch_size)
     worse = epoch = step = 0
     for epoch in range(1, options.epochs + 1):
