@@ -22,10 +22,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxcodec.pack import pack_codes, unpack_codes
-from jaxcodec.quantize.beam_search import COMPILER_OPTIONS, PRECISION, beam_search
+from jaxcodec.quantize.beam_search import PRECISION, beam_search
 from jaxcodec.quantize.kmeans import ITERATIONS, ROUNDS, quantize_kmeans, stored
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, dequantize
+
+# Autotuning every float32 product over Triton's tilings took 10 s a shape on an H200, to pick what
+# cuBLAS has anyway.
+COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 # Adam's decay rates in the authors' code (Vahe1994/AQLM): no momentum, and AMSGrad.
 BETAS = (0.0, 0.95)
@@ -250,6 +254,7 @@ def fit_floats(
         return jax.tree.map(jnp.multiply, best, units)
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "beam"), compiler_options=COMPILER_OPTIONS)
 def _search(
     W: jax.Array,
     H: jax.Array,

@@ -28,12 +28,9 @@ BLOCK = 128
 SCORES = 2**26
 # Products are float32 throughout: the gain of a code is a small difference of large sums.
 PRECISION = "highest"
-# Autotuning every float32 product over Triton's tilings took 10 s a shape on an H200, to pick what
-# cuBLAS has anyway.
-COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "beam"), compiler_options=COMPILER_OPTIONS)
+@functools.partial(jax.jit, static_argnames=("spec", "beam"))
 def beam_search(
     W: jax.Array,
     H: jax.Array,
