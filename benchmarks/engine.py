@@ -12,8 +12,8 @@ is served twice: by `icarus` models, which find the pages of the others ("shared
 Every mode has an engine of its own, with a pool sized from what memory is free then. All programs
 are compiled ahead, and a first turn, of other contexts, is not counted.
 
-Each mode of the 8B model should take about a minute, most of it compiling, and the two 150 s: a mode
-that would begin after 90 s is left out, and named.
+Each mode of the 8B model should take about a minute, most of it compiling, and the two 150 s: what
+would begin after 90 s is left out, and named.
 """
 
 import contextlib
