@@ -178,11 +178,14 @@ def programs(engine: Engine) -> dict[str, Any]:
 
     A program that copied the cache would show as gigabytes of either.
     """
-    memory: list[Any] = [p.memory_analysis() for p in engine._runner._programs._compiled.values()]
+    compiled = engine._runner._programs._compiled.values()
+    known = [memory for p in compiled if (memory := p.memory_analysis()) is not None]
+    needed = (m.temp_size_in_bytes for m in known)
+    copied = (m.output_size_in_bytes - m.alias_size_in_bytes for m in known)
     return {
-        "programs": len(memory),
-        "temporary_gb": _gb(max(m.temp_size_in_bytes for m in memory)),
-        "not_in_place_gb": _gb(max(m.output_size_in_bytes - m.alias_size_in_bytes for m in memory)),
+        "programs": len(compiled),
+        "temporary_gb": _gb(max(needed, default=None)),
+        "not_in_place_gb": _gb(max(copied, default=None)),
     }
 
 
