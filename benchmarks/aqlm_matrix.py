@@ -135,7 +135,7 @@ def reference(
     if str(aqlm) not in sys.path:
         sys.path.insert(0, str(aqlm))
     torch, engine_module = (importlib.import_module(name) for name in ("torch", "aq_engine"))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     torch.manual_seed(options.seed)
     random.seed(options.seed)

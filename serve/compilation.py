@@ -29,7 +29,7 @@ class Programs:
     """Compiled programs; what was not compiled ahead is compiled when it is called."""
 
     def __init__(self):
-        self._compiled: dict[Any, Callable] = {}
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
 
     def run(self, program: Callable, shape: Any, *arguments, **static) -> Any:
         """Call a jitted function; see `Job`."""

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 
 from benchmarks import engine
@@ -17,7 +18,11 @@ def records(tmp_path_factory) -> dict[str, dict]:
     """Of both modes, by mode."""
     out = tmp_path_factory.mktemp("engine")
     options = Options(out=out, specs=(DENSE,), **SMALL)
-    return {mode: [*engine.measure(options, DENSE, mode, 3)][-1] for mode in engine.MODES}
+    # These tests compile more than they compute.
+    jax.config.update("jax_disable_most_optimizations", True)
+    made = {mode: [*engine.measure(options, DENSE, mode, 3)][-1] for mode in engine.MODES}
+    jax.config.update("jax_disable_most_optimizations", False)
+    return made
 
 
 def test_private_caches_read_again_what_a_shared_one_has(records) -> None:
