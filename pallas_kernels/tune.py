@@ -160,7 +160,7 @@ def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
     dtype = jnp.dtype(jnp.bfloat16)
     able = [
         (name, KERNELS[name])
-        for name in tuning.preferences(task.M, task.spec, dtype)
+        for name in tuning.preferences(task.M, task.K, sum(task.Ns), task.spec, dtype)
         if not any(KERNELS[name].refusal(task.M, task.K, N, task.spec, dtype) for N in task.Ns)
     ]
     return {

@@ -27,6 +27,9 @@ from jaxcodec.spec import CodebookSpec
 # against rows in docs/kernels.md.
 GATHER_ROWS = 1
 MMA_ROWS = 16
+# One launch of mma beats the gather's two up to here at one row and one codebook, on an H200:
+# 8192x8192 takes 10.7 us against 12.1, 4096x4096 5.0 against 5.4, but 4096x14336 10.6 against 9.4.
+SMALL_N, SMALL_WEIGHT = 8192, 2**26
 # A float32 x has no tensor cores: the gather reads the codes again for each 4 rows, and stays
 # ahead of writing a float32 weight to memory up to this many.
 FLOAT32_ROWS = 8
@@ -85,11 +88,13 @@ class Table:
         return next((entry for entry in found if entry.M >= M > 0), None)
 
 
-def preferences(M: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]:
-    """Kernels to try for M rows of a shape that was never measured, the best first."""
+def preferences(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]:
+    """Kernels to try for M rows and weights [K, N], N in all, never measured: the best first."""
     if jnp.dtype(dtype).itemsize == 4:
         return ("psumbook_mosaic",) if M <= FLOAT32_ROWS else ()
     if M <= GATHER_ROWS:
+        if spec.num_codebooks == 1 and N <= SMALL_N and K * N <= SMALL_WEIGHT:
+            return ("mma_mosaic", "psumbook_mosaic", "wgmma_mosaic")
         return ("psumbook_mosaic", "mma_mosaic", "wgmma_mosaic")
     # Two wide codebooks keep shared memory busier, which mma uses less for x.
     if M <= MMA_ROWS or (M <= 2 * MMA_ROWS and spec.num_codebooks > 1):

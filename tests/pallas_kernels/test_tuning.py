@@ -308,7 +308,9 @@ def test_tuning_needs_a_gpu():
 
 
 def test_preferences_without_a_measurement():
-    assert tuning.preferences(1, SPEC, jnp.dtype("bfloat16"))[0] == "psumbook_mosaic"
-    assert tuning.preferences(8, SPEC, jnp.dtype("bfloat16"))[0] == "mma_mosaic"
-    assert tuning.preferences(512, SPEC, jnp.dtype("bfloat16"))[0] == "wgmma_mosaic"
-    assert tuning.preferences(512, SPEC, jnp.dtype("float32")) == ()
+    first = lambda M, N, spec: tuning.preferences(M, 8192, N, spec, jnp.dtype("bfloat16"))[0]
+    one, two = CodebookSpec.parse("m1v4g128"), CodebookSpec.parse("m2v8g128")
+    assert first(1, 28672, one) == first(1, 8192, two) == "psumbook_mosaic"
+    assert first(1, 8192, one) == first(8, 28672, two) == "mma_mosaic"
+    assert first(512, 28672, two) == "wgmma_mosaic"
+    assert tuning.preferences(512, 8192, 8192, two, jnp.dtype("float32")) == ()
