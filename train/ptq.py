@@ -153,14 +153,13 @@ def quantize_model(
         directory that holds another run. Shapes are checked before the work begins.
       OSError: a full disk; finished blocks are kept.
     """
-    specs = _specs(model, spec)
-    place = Placement(mesh)
-    directory = None if directory is None else Path(directory)
+    specs, place, finished = _specs(model, spec), Placement(mesh), {}
     if calibration is not None:
         _check_calibration(model.config, calibration, options, place)
     if directory is not None:
+        directory = Path(directory)
         claim_run(model, specs, calibration, options, directory)
-    finished = {} if directory is None else dict(_finished(model, specs, directory))
+        finished = dict(_finished(model, specs, directory))
     states = None
     if calibration is not None and len(finished) < model.config.num_layers:
         states = embedded(model, calibration, directory if options.activations == "disk" else None)
@@ -180,9 +179,8 @@ def quantize_model(
             blocks[layer], report = done
             reports.append(report)
             progress.end(report, layer in finished)
-    linears = tuple(linear for report in reports for linear in report.linears)
     quantized = with_blocks(model, blocks)
-    return quantized, QuantizationReport(linears, quantized.nbytes, tuple(reports))
+    return quantized, QuantizationReport.of(reports, quantized.nbytes)
 
 
 def claim_run(

@@ -4,6 +4,7 @@ Letters: K input and N output features.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,12 @@ class QuantizationReport:
     linears: tuple[LinearReport, ...]
     nbytes: int
     blocks: tuple[BlockReport, ...] = ()
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockReport], nbytes: int) -> "QuantizationReport":
+        """The report of a model from those of its blocks."""
+        linears = tuple(linear for block in blocks for linear in block.linears)
+        return cls(linears, nbytes, tuple(blocks))
 
     @property
     def seconds(self) -> dict[str, float]:

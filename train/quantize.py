@@ -22,7 +22,7 @@ from jaxcodec.train.calibration import read_calibration
 from jaxcodec.train.checkpoint import MANIFEST
 from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
 from jaxcodec.train.quantization_figure import write_figure
-from jaxcodec.train.quantization_report import read_report
+from jaxcodec.train.quantization_report import QuantizationReport, read_report
 from jaxcodec.train.quantized_blocks import FOLDER
 
 COMPILED = "compiled"
@@ -64,7 +64,6 @@ def quantize(
       activations: where hidden states of all sequences lie between blocks.
       seed: of the random choices.
     """
-    mesh = make_mesh() if jax.device_count() > 1 else None
     batch_size = batch_size or max(PRESETS[preset].batch_size, jax.device_count())
     options = dataclasses.replace(
         PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
@@ -75,21 +74,27 @@ def quantize(
     specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
     calibration = None
     if data is not None:
-        length = min(length, dense.config.max_positions)
-        calibration = _read(data, PretrainedTokenizer(model), sequences, length, batch_size)
+        longest = min(length, dense.config.max_positions)
+        calibration = _read(data, PretrainedTokenizer(model), sequences, longest, batch_size)
     if (out / CONFIG_FILE).exists():  # the last file that a run writes
         claim_run(dense, specs, calibration, options, out)
         print(read_report(out))
         return
     _keep_compiled_programs(out)
+    mesh = make_mesh() if jax.device_count() > 1 else None
     quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
+    _save(out, quantized, report, model)
+    print(report)
+
+
+def _save(out: Path, quantized: Model, report: QuantizationReport, tokenizer: Path) -> None:
+    """Write the result, config.json last, and remove what a run goes on from."""
     report.write(out)
     write_figure(out, report)
-    copy_tokenizer(model, out)
+    copy_tokenizer(tokenizer, out)
     save_model(out, quantized)
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
-    print(report)
 
 
 def load_on_host(directory: Path) -> Model:
