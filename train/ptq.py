@@ -131,9 +131,8 @@ def quantize_model(
 ) -> tuple[Model, QuantizationReport]:
     """The model with the linears of its blocks as codebooks, and what that cost.
 
-    The same model, data and options give the same bits on the same kind of device. With a
-    directory a run that was stopped goes on at its first unfinished block, and ends with the bits
-    of one never stopped.
+    The same model, data and options give the same bits on the same kind of device, also where a
+    run with a directory was stopped: it goes on at its first unfinished block.
 
     Args:
       model: dense, without a bank of adapters; its arrays may lie in host memory. Biases stay.
@@ -148,9 +147,8 @@ def quantize_model(
       (the quantized model, its arrays where those of `model` are, and the report).
 
     Raises:
-      ValueError: a linear that is quantized already, that its spec cannot hold, or that has a
-        value that is not finite; tokens outside the vocabulary; inputs that are not finite; a
-        directory that holds another run. Shapes are checked before the work begins.
+      ValueError: a linear that is quantized already, or that its spec cannot hold; tokens outside
+        the vocabulary; weights or inputs that are not finite; a directory that holds another run.
       OSError: a full disk; finished blocks are kept.
     """
     specs, place, finished = _specs(model, spec), Placement(mesh), {}
