@@ -34,7 +34,7 @@ from jaxcodec.quantize.additive import AdditiveOptions, Stage, quantize_additive
 from jaxcodec.quantize.kmeans import relative_error
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
-from jaxcodec.train.block_tuning import TuningOptions, tune_block
+from jaxcodec.train.block_tuning import TuningOptions, held_out_from, tune_block
 from jaxcodec.train.calibration import (
     Hessians,
     HiddenStates,
@@ -224,11 +224,14 @@ def _quantize_block(
     place: Placement,
     progress: QuantizationProgress,
 ) -> tuple[BlockModel, BlockReport]:
-    """The block quantized and tuned, where `dense` is; `states` hold what the next block reads."""
+    """The block quantized and tuned, where `dense` is; `states` hold what the next block reads.
+
+    One that stays dense as a whole is only run.
+    """
     clock = _Clock()
     home, dense = _home(dense), place.replicated(dense)
     hessians: Hessians = {}
-    if states is not None:
+    if states is not None and specs:
         progress.stage("calibration")
         hessians = calibrate(dense, states, options.batch_size, place)
         clock.lap("calibration")
@@ -249,7 +252,7 @@ def _quantize_block(
         clock.add(stages)
     block, tuning = dense.quantized(tensors), None
     del hessians, tensors
-    if states is not None:
+    if states is not None and specs:
         progress.stage("tuning")
         block, tuning = tune_block(
             block,
@@ -261,6 +264,7 @@ def _quantize_block(
             place,
         )
         clock.lap("tuning")
+    if states is not None:
         advance(block, states.inputs, options.batch_size, place)
         clock.lap("next inputs")
     report = BlockReport(layer, tuple(linears), tuning, clock.seconds)
@@ -338,7 +342,8 @@ def _finished(
         done = read_block(directory, layer, dense, _within(specs, layer))
         if done is None:
             return
-        yield layer, (jax.device_put(done[0], _home(dense)), done[1])
+        block = jax.device_put(done[0], _home(dense), may_alias=False)
+        yield layer, (block, done[1])
 
 
 def _home(block: BlockModel) -> Any:
@@ -367,3 +372,4 @@ def _check_calibration(
             f"knows 0 to {config.vocab_size - 1}: they were made with another tokenizer."
         )
     place.check_batch(options.batch_size, len(calibration))
+    held_out_from(len(calibration), options.batch_size, options.tuning.held_out)
