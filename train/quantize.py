@@ -65,7 +65,8 @@ def quantize(
       seed: of the random choices.
     """
     mesh = make_mesh() if jax.device_count() > 1 else None
-    batch_size = batch_size or max(PRESETS[preset].batch_size, jax.device_count())
+    if batch_size is None:
+        batch_size = max(PRESETS[preset].batch_size, jax.device_count())
     options = dataclasses.replace(
         PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
     )
@@ -79,17 +80,16 @@ def quantize(
         calibration = _read(data, PretrainedTokenizer(model), sequences, length, batch_size)
     if (out / CONFIG_FILE).exists():  # the last file that a run writes
         claim_run(dense, specs, calibration, options, out)
-        print(read_report(out))
-        return
-    _keep_compiled_programs(out)
-    quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
-    report.write(out)
-    write_figure(out, report)
-    copy_tokenizer(model, out)
-    save_model(out, quantized)
+    else:
+        _keep_compiled_programs(out)
+        quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
+        report.write(out)
+        write_figure(out, report)
+        copy_tokenizer(model, out)
+        save_model(out, quantized)
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
-    print(report)
+    print(read_report(out))
 
 
 def load_on_host(directory: Path) -> Model:
