@@ -153,36 +153,32 @@ def quantize_model(
         directory that holds another run. Shapes are checked before the work begins.
       OSError: a full disk; finished blocks are kept.
     """
-    specs = _specs(model, spec)
-    place = Placement(mesh)
+    specs, place = _specs(model, spec), Placement(mesh)
     directory = None if directory is None else Path(directory)
     if calibration is not None:
         _check_calibration(model.config, calibration, options, place)
     if directory is not None:
         claim_run(model, specs, calibration, options, directory)
-    finished = {} if directory is None else dict(_finished(model, specs, directory))
+    done = {} if directory is None else dict(_finished(model, specs, directory))
     states = None
-    if calibration is not None and len(finished) < model.config.num_layers:
+    if calibration is not None and len(done) < model.config.num_layers:
         states = embedded(model, calibration, directory if options.activations == "disk" else None)
-    blocks, reports = {}, []
     with QuantizationProgress(model.config.num_layers, quiet) as progress:
         for layer in range(model.config.num_layers):
             progress.begin(layer)
-            if layer in finished:
-                done = finished[layer]
-                if states is not None:
-                    advance(place.replicated(done[0]), states.inputs, options.batch_size, place)
-            else:
+            earlier = layer in done
+            if not earlier:
                 dense, here = take_block(model, layer), _within(specs, layer)
-                done = _quantize_block(dense, layer, here, states, options, place, progress)
+                done[layer] = _quantize_block(dense, layer, here, states, options, place, progress)
                 if directory is not None:
-                    write_block(directory, layer, *done)
-            blocks[layer], report = done
-            reports.append(report)
-            progress.end(report, layer in finished)
+                    write_block(directory, layer, *done[layer])
+            elif states is not None:
+                advance(place.replicated(done[layer][0]), states.inputs, options.batch_size, place)
+            progress.end(done[layer][1], earlier)
+    reports = tuple(report for _, report in done.values())
     linears = tuple(linear for report in reports for linear in report.linears)
-    quantized = with_blocks(model, blocks)
-    return quantized, QuantizationReport(linears, quantized.nbytes, tuple(reports))
+    quantized = with_blocks(model, {layer: block for layer, (block, _) in done.items()})
+    return quantized, QuantizationReport(linears, quantized.nbytes, reports)
 
 
 def claim_run(

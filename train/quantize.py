@@ -22,7 +22,7 @@ from jaxcodec.train.calibration import read_calibration
 from jaxcodec.train.checkpoint import MANIFEST
 from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
 from jaxcodec.train.quantization_figure import write_figure
-from jaxcodec.train.quantization_report import read_report
+from jaxcodec.train.quantization_report import QuantizationReport, read_report
 from jaxcodec.train.quantized_blocks import FOLDER
 
 COMPILED = "compiled"
@@ -83,10 +83,7 @@ def quantize(
     else:
         _keep_compiled_programs(out)
         quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
-        report.write(out)
-        write_figure(out, report)
-        copy_tokenizer(model, out)
-        save_model(out, quantized)
+        _write(out, quantized, report, model)
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
     print(read_report(out))
@@ -100,6 +97,13 @@ def load_on_host(directory: Path) -> Model:
         return load_model(directory)
     with jax.default_device(host):
         return load_model(directory)
+
+
+def _write(out: Path, model: Model, report: QuantizationReport, tokenizer: Path) -> None:
+    report.write(out)
+    write_figure(out, report)
+    copy_tokenizer(tokenizer, out)
+    save_model(out, model)
 
 
 def _read(
