@@ -37,6 +37,7 @@ def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "a
 
 def main() -> None:
     """Run the command line; bad input ends it with one sentence and status 1."""
+    import jax
     import tyro
 
     from jaxcodec.train.quantize import quantize
@@ -46,6 +47,13 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxcodec")
     except (ValueError, OSError) as error:
         sys.exit(f"jaxcodec: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            "jaxcodec: The device's memory is full. Fewer sequences at once (--batch-size), or "
+            "shorter ones (--length), need less, and make it another run: give another --out."
+        )
 
 
 if __name__ == "__main__":

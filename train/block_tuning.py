@@ -88,11 +88,16 @@ def tune_block(
     and nothing is changed.
 
     Raises:
-      ValueError: too few sequences to hold one batch out of two.
+      ValueError: too few sequences to hold one batch out of two; outputs that are not finite.
     """
-    split = _held_out_from(len(inputs), batch_size, options.held_out)
+    split = held_out_from(len(inputs), batch_size, options.held_out)
     held_out = slice(split, None)
     before = best = output_error(block, inputs[held_out], targets[held_out], batch_size, place)
+    if not np.isfinite(before):
+        raise ValueError(
+            f"The block's error on held-out sequences is {before}: its outputs are not finite, or "
+            f"too large for {block.dtype}."
+        )
     floats, codes = nnx.split_state(block.weights, nnx.Param, ...)
     fixed = dataclasses.replace(block, weights=codes)
     units = jax.tree.map(_root_mean_square, floats)
@@ -130,7 +135,7 @@ def output_error(
     for rows in slices(len(inputs), batch_size):
         x, target = place.rows(inputs[rows]), place.rows(targets[rows])
         sums += np.asarray(_errors(run_block(block, x), x, target))
-    return float(sums[0] / sums[1]) if sums[0] > 0 else 0.0
+    return 0.0 if sums[0] == 0 else float(sums[0] / sums[1])
 
 
 @functools.partial(jax.jit, donate_argnames=("params", "adam"))
@@ -180,8 +185,12 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, jnp.sqrt(mean), 1.0)
 
 
-def _held_out_from(count: int, batch_size: int, share: float) -> int:
-    """The first sequence that is held out: whole batches, at least one on either side."""
+def held_out_from(count: int, batch_size: int, share: float) -> int:
+    """The first sequence that is held out: whole batches, at least one on either side.
+
+    Raises:
+      ValueError: too few sequences for that.
+    """
     held_out = max(round(share * count / batch_size), 1) * batch_size
     if held_out >= count:
         raise ValueError(

@@ -253,7 +253,8 @@ class Log:
         values = jax.device_get(list(metrics))
         mean = {
             name: sum(float(v[name]) for v in values) / len(values)
-            for name in values[0].keys() - {"tokens"}
+            for name in values[0]
+            if name != "tokens"
         }
         if not math.isfinite(mean["loss"]):
             raise FloatingPointError(

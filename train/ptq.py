@@ -34,7 +34,7 @@ from jaxcodec.quantize.additive import AdditiveOptions, Stage, quantize_additive
 from jaxcodec.quantize.kmeans import relative_error
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
-from jaxcodec.train.block_tuning import TuningOptions, tune_block
+from jaxcodec.train.block_tuning import TuningOptions, held_out_from, tune_block
 from jaxcodec.train.calibration import (
     Hessians,
     HiddenStates,
@@ -151,33 +151,30 @@ def quantize_model(
         the vocabulary; weights or inputs that are not finite; a directory that holds another run.
       OSError: a full disk; finished blocks are kept.
     """
-    specs, place, finished = _specs(model, spec), Placement(mesh), {}
+    specs, place = _specs(model, spec), Placement(mesh)
+    directory = None if directory is None else Path(directory)
     if calibration is not None:
         _check_calibration(model.config, calibration, options, place)
     if directory is not None:
-        directory = Path(directory)
         claim_run(model, specs, calibration, options, directory)
-        finished = dict(_finished(model, specs, directory))
+    done = {} if directory is None else dict(_finished(model, specs, directory))
     states = None
-    if calibration is not None and len(finished) < model.config.num_layers:
+    if calibration is not None and len(done) < model.config.num_layers:
         states = embedded(model, calibration, directory if options.activations == "disk" else None)
-    blocks, reports = {}, []
     with QuantizationProgress(model.config.num_layers, quiet) as progress:
         for layer in range(model.config.num_layers):
             progress.begin(layer)
-            if layer in finished:
-                done = finished[layer]
-                if states is not None:
-                    advance(place.replicated(done[0]), states.inputs, options.batch_size, place)
-            else:
+            earlier = layer in done
+            if not earlier:
                 dense, here = take_block(model, layer), _within(specs, layer)
-                done = _quantize_block(dense, layer, here, states, options, place, progress)
+                done[layer] = _quantize_block(dense, layer, here, states, options, place, progress)
                 if directory is not None:
-                    write_block(directory, layer, *done)
-            blocks[layer], report = done
-            reports.append(report)
-            progress.end(report, layer in finished)
-    quantized = with_blocks(model, blocks)
+                    write_block(directory, layer, *done[layer])
+            elif states is not None:
+                advance(place.replicated(done[layer][0]), states.inputs, options.batch_size, place)
+            progress.end(done[layer][1], earlier)
+    quantized = with_blocks(model, {layer: block for layer, (block, _) in done.items()})
+    reports = [report for _, report in done.values()]
     return quantized, QuantizationReport.of(reports, quantized.nbytes)
 
 
@@ -220,11 +217,14 @@ def _quantize_block(
     place: Placement,
     progress: QuantizationProgress,
 ) -> tuple[BlockModel, BlockReport]:
-    """The block quantized and tuned, where `dense` is; `states` hold what the next block reads."""
+    """The block quantized and tuned, where `dense` is; `states` hold what the next block reads.
+
+    One that stays dense as a whole is only run.
+    """
     clock = _Clock()
     home, dense = _home(dense), place.replicated(dense)
     hessians: Hessians = {}
-    if states is not None:
+    if states is not None and specs:
         progress.stage("calibration")
         hessians = calibrate(dense, states, options.batch_size, place)
         clock.lap("calibration")
@@ -245,7 +245,7 @@ def _quantize_block(
         clock.add(stages)
     block, tuning = dense.quantized(tensors), None
     del hessians, tensors
-    if states is not None:
+    if states is not None and specs:
         progress.stage("tuning")
         block, tuning = tune_block(
             block,
@@ -257,6 +257,7 @@ def _quantize_block(
             place,
         )
         clock.lap("tuning")
+    if states is not None:
         advance(block, states.inputs, options.batch_size, place)
         clock.lap("next inputs")
     report = BlockReport(layer, tuple(linears), tuning, clock.seconds)
@@ -334,7 +335,8 @@ def _finished(
         done = read_block(directory, layer, dense, _within(specs, layer))
         if done is None:
             return
-        yield layer, (jax.device_put(done[0], _home(dense)), done[1])
+        block = jax.device_put(done[0], _home(dense), may_alias=False)
+        yield layer, (block, done[1])
 
 
 def _home(block: BlockModel) -> Any:
@@ -363,3 +365,4 @@ def _check_calibration(
             f"knows 0 to {config.vocab_size - 1}: they were made with another tokenizer."
         )
     place.check_batch(options.batch_size, len(calibration))
+    held_out_from(len(calibration), options.batch_size, options.tuning.held_out)

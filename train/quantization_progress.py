@@ -60,7 +60,7 @@ class QuantizationProgress:
         if not self._quiet and self._live is None:
             done = "finished earlier" if earlier else f"{self._seconds():.1f} s"
             print(
-                f"block {report.layer + 1}/{self._layers}  {errors(report)}  {done}  "
+                f"block {report.layer + 1}/{self._layers}  error {errors(report)}  {done}  "
                 f"{self._left()} left",
                 flush=True,
             )
@@ -91,6 +91,6 @@ class QuantizationProgress:
 def errors(report: BlockReport) -> str:
     """The block's output error before and after tuning, or the mean of its linears' errors."""
     if report.tuning is not None:
-        return f"error {report.tuning.before:.4f} -> {report.tuning.after:.4f}"
+        return f"{report.tuning.before:.4f} -> {report.tuning.after:.4f}"
     mean = sum(linear.activation_error or 0.0 for linear in report.linears)
-    return f"error {mean / max(len(report.linears), 1):.4f}"
+    return f"{mean / max(len(report.linears), 1):.4f}"

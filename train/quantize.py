@@ -64,7 +64,9 @@ def quantize(
       activations: where hidden states of all sequences lie between blocks.
       seed: of the random choices.
     """
-    batch_size = batch_size or max(PRESETS[preset].batch_size, jax.device_count())
+    mesh = make_mesh() if jax.device_count() > 1 else None
+    if batch_size is None:
+        batch_size = max(PRESETS[preset].batch_size, jax.device_count())
     options = dataclasses.replace(
         PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
     )
@@ -78,23 +80,13 @@ def quantize(
         calibration = _read(data, PretrainedTokenizer(model), sequences, longest, batch_size)
     if (out / CONFIG_FILE).exists():  # the last file that a run writes
         claim_run(dense, specs, calibration, options, out)
-        print(read_report(out))
-        return
-    _keep_compiled_programs(out)
-    mesh = make_mesh() if jax.device_count() > 1 else None
-    quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
-    _save(out, quantized, report, model)
-    print(report)
-
-
-def _save(out: Path, quantized: Model, report: QuantizationReport, tokenizer: Path) -> None:
-    """Write the result, config.json last, and remove what a run goes on from."""
-    report.write(out)
-    write_figure(out, report)
-    copy_tokenizer(tokenizer, out)
-    save_model(out, quantized)
+    else:
+        _keep_compiled_programs(out)
+        quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
+        _write(out, quantized, report, model)
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
+    print(read_report(out))
 
 
 def load_on_host(directory: Path) -> Model:
@@ -105,6 +97,13 @@ def load_on_host(directory: Path) -> Model:
         return load_model(directory)
     with jax.default_device(host):
         return load_model(directory)
+
+
+def _write(out: Path, model: Model, report: QuantizationReport, tokenizer: Path) -> None:
+    report.write(out)
+    write_figure(out, report)
+    copy_tokenizer(tokenizer, out)
+    save_model(out, model)
 
 
 def _read(

@@ -2,7 +2,8 @@
 
 <directory>/run.json                    what run this is: options, and hashes of weights and data
 <directory>/blocks/00000.safetensors    every variable of the block by its path within it; its
-                                        report is JSON in the file's metadata
+                                        report is JSON in the file's metadata, beside a hash
+                                        of the variables
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from safetensors import safe_open
 
@@ -19,10 +19,11 @@ from jaxcodec.checkpoints.safetensors import read_tensor_file, write_tensor_file
 from jaxcodec.models.blocks import BlockModel
 from jaxcodec.models.layers import Codes
 from jaxcodec.models.transformer import Specs
+from jaxcodec.train.checkpoint import digest
 from jaxcodec.train.quantization_report import BlockReport
 
 FOLDER = "blocks"
-_REPORT = "report"
+_REPORT, _DIGEST = "report", "sha256"
 
 
 def write_block(directory: Path, layer: int, block: BlockModel, report: BlockReport) -> None:
@@ -37,13 +38,14 @@ def write_block(directory: Path, layer: int, block: BlockModel, report: BlockRep
     }
     path = _path(directory, layer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensor_file(path, tensors, {_REPORT: json.dumps(dataclasses.asdict(report))})
+    metadata = {_REPORT: json.dumps(dataclasses.asdict(report)), _DIGEST: digest(tensors)}
+    write_tensor_file(path, tensors, metadata)
 
 
 def read_block(
     directory: Path, layer: int, dense: BlockModel, specs: Specs
 ) -> tuple[BlockModel, BlockReport] | None:
-    """The block that a run has finished, in host memory, or None.
+    """The block that a run has finished, its arrays those of the mapped file, or None.
 
     Args:
       dense: the block that it was made from.
@@ -56,19 +58,23 @@ def read_block(
     if not path.exists():
         return None
     tensors = read_tensor_file(path)
+    with safe_open(path, framework="np") as file:
+        metadata = file.metadata() or {}
     fields = [f"{name}.{f}" for name, _ in specs for f in ("codes", "codebooks", "scales")]
     kept = [".".join(map(str, p)) for p, _ in nnx.to_flat_state(dense.weights)]
     replaced = {f"{name}.kernel" for name, _ in specs}
     if tensors.keys() != set(fields) | (set(kept) - replaced):
         raise ValueError(f"{path} does not hold the variables of block {layer}: remove it.")
+    if metadata.get(_DIGEST) != digest(tensors):
+        raise ValueError(
+            f"{path} is damaged, its bytes are not those that were written: remove it."
+        )
     variables: dict[tuple[Any, ...], nnx.Variable] = {
-        tuple(name.split(".")): (Codes if name.endswith(".codes") else nnx.Param)(jnp.asarray(x))
+        tuple(name.split(".")): (Codes if name.endswith(".codes") else nnx.Param)(x)
         for name, x in tensors.items()
     }
     block = BlockModel(dense.config, nnx.from_flat_state(variables), specs)
-    with safe_open(path, framework="np") as file:
-        report = BlockReport.from_json(json.loads(file.metadata()[_REPORT]))
-    return block, report
+    return block, BlockReport.from_json(json.loads(metadata[_REPORT]))
 
 
 def _path(directory: Path, layer: int) -> Path:

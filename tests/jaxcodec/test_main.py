@@ -89,3 +89,12 @@ def test_bad_input_ends_with_a_sentence(
     with pytest.raises(SystemExit, match=f"^jaxcodec: .*{sentence}"):
         run(monkeypatch, *(word.replace("{tmp}", str(tmp_path)) for word in words))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_device_is_one_sentence(model: Path, tmp_path: Path, monkeypatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+    monkeypatch.setattr("jaxcodec.train.quantize.quantize_model", exhausted)
+    with pytest.raises(SystemExit, match="memory is full.*--batch-size"):
+        run(monkeypatch, "quantize", model, "--spec", "m1v2b2g32", "--out", tmp_path / "out")

@@ -87,6 +87,8 @@ def equals_the_reference(name, dtype):
     for y, w in zip(multiply(x, weights, tiles), weights, strict=True):
         assert y.shape == (x.shape[0], w.shape[1])
         assert relative_error(y, x, w) < ACCURACY[dtype]
+    if INTERPRET:
+        assert not get_races().races_found
 
 
 def test_results_of_the_wanted_dtype():
@@ -123,12 +125,6 @@ def interpreted(name):
         x, weights = operands(*shapes)
         fresh = compiled.__wrapped__(tiles, jnp.float32, interpret=True)
         jax.block_until_ready(fresh(x, weights))
-
-
-@pytest.mark.parametrize("name", ["uneven_splits", "several_weights"])
-def test_no_races(name):
-    interpreted(name)
-    assert not get_races().races_found
 
 
 def test_the_race_detector_sees_a_missing_barrier(monkeypatch):

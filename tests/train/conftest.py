@@ -155,9 +155,10 @@ def differing_paths(before: nnx.State, after: nnx.State) -> set[str]:
 
 @pytest.fixture
 def base(shallow: ModelConfig, request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A directory with a model and the tokenizer of the fixtures."""
+    """A directory with a model, whose linears have one shape, and the tokenizer of the fixtures."""
     directory = tmp_path / "base"
-    save_model(directory, init_model(dataclasses.replace(shallow, vocab_size=300), KEY))
+    config = dataclasses.replace(shallow, vocab_size=300, num_kv_heads=4, intermediate_size=64)
+    save_model(directory, init_model(config, KEY))
     tokenizer = request.config.rootpath / "tests/fixtures/tokenizer"
     shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
     return directory

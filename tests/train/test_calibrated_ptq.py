@@ -18,7 +18,7 @@ from jaxcodec.models.transformer import Model, init_model, linear_shapes
 from jaxcodec.quantize.additive import AdditiveOptions
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train import quantized_blocks
-from jaxcodec.train.block_tuning import TuningOptions
+from jaxcodec.train.block_tuning import TuningOptions, tune_block
 from jaxcodec.train.calibration import Placement, calibrate, embedded
 from jaxcodec.train.ptq import QuantizeOptions, quantize_model, select_specs
 from jaxcodec.train.quantization_report import QuantizationReport
@@ -79,6 +79,23 @@ def test_tuning_is_never_worse_and_changes_floats_alone(dense: Model, whole) -> 
         assert equal == (not first or path[-1] == "codes") or path[:2] == ("layers", 1)
 
 
+def test_tuning_that_diverges_changes_nothing(dense: Model) -> None:
+    block, states = take_block(dense, 0), embedded(dense, TOKENS)
+    states.targets[:] = 2 * states.inputs
+    options = TuningOptions(epochs=1, learning_rate=1e38)
+    tuned, result = tune_block(block, states.inputs, states.targets, options, 4, 0, Placement())
+    assert result.after == result.before
+    jax.tree.map(np.testing.assert_array_equal, tuned, block)
+
+
+def test_a_block_that_stays_dense_is_not_touched(dense: Model) -> None:
+    specs = select_specs(dense.config, SPEC, [(r"layers\.0\.", None)])
+    model, report = quantize_model(dense, specs, TOKENS, OPTIONS, quiet=True)
+    same(take_block(model, 0).weights, take_block(dense, 0).weights)
+    assert report.blocks[0].tuning is None
+    assert report.blocks[1].tuning.after < report.blocks[1].tuning.before
+
+
 def test_hessians_are_those_of_the_inputs(dense: Model) -> None:
     states = embedded(dense, TOKENS)
     H = calibrate(take_block(dense, 0), states, 4, Placement())["self_attn.q_proj"]
@@ -136,9 +153,12 @@ def test_a_damaged_block_is_refused(dense: Model, tmp_path: Path) -> None:
     options = QuantizeOptions(AdditiveOptions(1, 0, rounds=0), TuningOptions(epochs=0))
     quantize_model(dense, SPEC, None, options, tmp_path, quiet=True)
     path = tmp_path / "blocks" / "00001.safetensors"
-    path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"00001\.safetensors is truncated"):
-        quantize_model(dense, SPEC, None, options, tmp_path, quiet=True)
+    whole = path.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damaged, sentence in ((whole[:-10], "is truncated"), (flipped, "is damaged")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"00001\.safetensors {sentence}"):
+            quantize_model(dense, SPEC, None, options, tmp_path, quiet=True)
 
 
 def test_hidden_states_on_disk_change_nothing(dense: Model, whole, tmp_path: Path) -> None:
@@ -179,9 +199,12 @@ def test_inputs_that_are_not_finite_are_named(dense: Model) -> None:
         (TOKENS[:4], "leave none to tune on"),
     ],
 )
-def test_what_is_no_calibration_is_refused(dense: Model, tokens, sentence: str) -> None:
+def test_what_is_no_calibration_is_refused(
+    dense: Model, tokens, sentence: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=sentence):
-        quantize_model(dense, SPEC, tokens, OPTIONS, quiet=True)
+        quantize_model(dense, SPEC, tokens, OPTIONS, tmp_path, quiet=True)
+    assert not any(tmp_path.iterdir())  # before the work begins
 
 
 def test_batches_that_devices_cannot_share_are_refused(dense: Model) -> None:

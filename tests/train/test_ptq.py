@@ -30,7 +30,9 @@ KMEANS = dataclasses.replace(PRESETS["kmeans"], matrix=AdditiveOptions(1, 0, rou
 
 @pytest.fixture(scope="module")
 def dense(shallow: ModelConfig) -> Model:
-    config = dataclasses.replace(shallow, model_type="qwen2", attention_bias=True)
+    config = dataclasses.replace(
+        shallow, model_type="qwen2", attention_bias=True, num_kv_heads=4, intermediate_size=64
+    )  # all linears have one shape, for few compilations
     return init_model(config, jax.random.key(2))
 
 

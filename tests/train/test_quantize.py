@@ -37,7 +37,9 @@ def test_the_result_loads_and_the_same_command_finds_it(
     assert files >= expected | {"quantization.json", "quantization.svg"}
     assert not files & {"blocks", "compiled"}
     before = (out / "model.safetensors").stat().st_mtime_ns
+    (out / "blocks").mkdir()  # killed before it was removed
     quantize(base, **options)
+    assert not (out / "blocks").exists()
     assert "output error of the blocks" in capsys.readouterr().out
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds another run: seed was 0 and is 7"):
@@ -64,6 +66,7 @@ def test_the_report_tells_bits_and_errors_of_every_linear(
         ({"layers": ("gate=m1v4b4g32x",)}, "such as m2v8g128"),
         ({"length": 100_000_000, "sequences": 1}, "not one sequence of"),
         ({"sequences": 0}, "at least 1 sequence"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
     ],
 )
 def test_bad_input_is_a_sentence(
