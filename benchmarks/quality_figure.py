@@ -30,8 +30,12 @@ COLOURS = {
 }
 # A line joins formats of one vector length: v = 8 beside v = 4.
 FAMILIES = {8: ("o", "-"), 4: ("^", ":")}
-# Ticks of a decade: perplexities may span a few units, KL spans decades.
-SUBS = {"perplexity": (1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9), "kl": (1, 2, 5)}
+# Perplexities may span a few units, KL spans decades.
+LOCATORS = {
+    "perplexity": lambda: ticker.MaxNLocator(8),
+    "kl": lambda: ticker.LogLocator(subs=(1, 2, 5)),
+}
+DENSE = "dense, 16 bits"
 MEASURES = {"perplexity": "held-out perplexity", "kl": "KL(dense || quantized), nats a token"}
 
 
@@ -46,8 +50,11 @@ def draw(device: str, rows: list[Row]) -> Any:
             _panel(panel, of_base, measure)
             panel.set(title=f"{base} base", xlabel="bits per weight, codebooks included")
             panel.set_ylabel(label)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+    # A line of each name: a stage may be missing in some panels.
+    lines = {line.get_label(): line for panel in panels.flat for line in panel.get_lines()}
+    names = [f"{stage}, v = {v}" for stage in STAGES.values() for v in FAMILIES] + [DENSE]
+    handles = [lines[name] for name in names if name in lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"Quality against bits per weight, {device}", fontsize=12)
     return figure
 
@@ -67,9 +74,9 @@ def _panel(panel: Any, rows: list[Row], measure: str) -> None:
     dense = [row for row in rows if row["stage"] == "dense"]
     if dense and measure == "perplexity":
         level = dense[0][measure]
-        panel.axhline(level, color="black", linestyle="--", linewidth=1, label="dense, 16 bits")
+        panel.axhline(level, color="black", linestyle="--", linewidth=1, label=DENSE)
     panel.set_yscale("log")
-    panel.yaxis.set_major_locator(ticker.LogLocator(subs=SUBS[measure]))
+    panel.yaxis.set_major_locator(LOCATORS[measure]())
     panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     panel.minorticks_off()
     panel.grid(alpha=0.3, which="both")
