@@ -28,7 +28,7 @@ from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
 from jaxcodec.pallas_kernels.timing import kernel_time, turn
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import random_codebook_tensor
+from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
 
 # Six times the 50 MB L2 of an H100, so that weights come from memory as they do in a model.
 FOOTPRINT = 300e6
@@ -71,7 +71,7 @@ class Options:
 
 Shape = tuple[int, tuple[int, ...], CodebookSpec]  # K, the N of each weight, format
 # Compiled candidates by kernel and tiles.
-Programs = dict[tuple[str, Any], Future[jax.stages.Compiled]]
+Candidates = dict[tuple[str, Any], Future[jax.stages.Compiled]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,24 +131,20 @@ def tasks(options: Options) -> list[Task]:
     return found
 
 
-def make_operands(shape: Shape, M: int) -> list[tuple]:
-    """(x bf16 [M, K], weights) with enough copies of the weights to defeat the L2."""
+def make_operands(key: jax.Array, shape: Shape, rows: Sequence[int]) -> tuple[dict, list]:
+    """Random x bf16 [M, K] by M, each the first rows of the next, and weights [K, N]."""
+    K, Ns, spec = shape
+    keys = jax.random.split(key, len(Ns) + 1)
+    weights = [random_codebook_tensor(k, spec, K, N) for k, N in zip(keys[1:], Ns, strict=True)]
+    x = jax.random.normal(keys[0], (max(rows), K), jnp.bfloat16)
+    return {M: x[:M] for M in rows}, weights
+
+
+def copies(shape: Shape) -> int:
+    """Sets of operands enough to defeat the L2."""
     K, Ns, spec = shape
     size = sum(spec.bits_per_weight(K, N) / 8 * K * N for N in Ns)
-    copies = int(np.clip(np.ceil(FOOTPRINT / size), 2, MAX_COPIES))
-
-    @jax.jit
-    def make(key: jax.Array):
-        keys = jax.random.split(key, len(Ns) + 1)
-        weights = [random_codebook_tensor(k, spec, K, N) for k, N in zip(keys[1:], Ns, strict=True)]
-        return jax.random.normal(keys[0], (M, K), jnp.bfloat16), tuple(weights)
-
-    return [make(jax.random.key(i)) for i in range(copies)]
-
-
-def rows_of(operands: list[tuple], M: int) -> list[tuple]:
-    """The operands with the first M rows of each x."""
-    return [(x[:M], weights) for x, weights in operands]
+    return int(np.clip(np.ceil(FOOTPRINT / size), 2, MAX_COPIES))
 
 
 def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
@@ -170,45 +166,86 @@ def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
     }
 
 
-def start_compiling(pool: Executor, tasks: Sequence[Task]) -> dict[Task, Programs]:
-    """Begin to compile all candidates of tasks of one shape."""
-    programs = {}
-    for task in tasks:
-        operands = jax.eval_shape(functools.partial(make_operands, task.shape, task.M))[0]
-        programs[task] = {
-            key: pool.submit(compiled, call, operands) for key, call in calls(task).items()
-        }
-    return programs
+class Programs:
+    """What tuning one shape runs, being compiled by the threads of a pool.
+
+    All of it is: a process that compiles while it holds the GPU keeps the others from measuring.
+
+    Args:
+      pool: of the threads.
+      tasks: all of one shape.
+    """
+
+    def __init__(self, pool: Executor, tasks: Sequence[Task]):
+        shape, rows = tasks[0].shape, [task.M for task in tasks]
+        make = functools.partial(make_operands, shape=shape, rows=rows)
+        self._keys = list(jax.random.split(jax.random.key(0), copies(shape)))
+        xs, weights = jax.eval_shape(make, self._keys[0])
+        x = xs[max(rows)]
+        self._make = pool.submit(compiled, make, (self._keys[0],))
+        self._multiply = pool.submit(compiled, references, (x, weights))
+        results = jax.eval_shape(references, x, weights)
+        self._candidates: dict[Task, Candidates] = {}
+        self._judges = {}
+        for task in tasks:
+            outs = [jax.ShapeDtypeStruct((task.M, N), x.dtype) for N in task.Ns]
+            self._judges[task] = pool.submit(compiled, worst_error, (outs, results))
+            operands = xs[task.M], weights
+            self._candidates[task] = {
+                key: pool.submit(compiled, call, operands) for key, call in calls(task).items()
+            }
+
+    def wait(self, task: Task) -> None:
+        """Until all that `measure` runs is compiled, or has failed to."""
+        wait((self._make, self._multiply, self._judges[task], *self._candidates[task].values()))
+
+    @functools.cached_property
+    def operands(self) -> list[tuple[dict[int, jax.Array], list[CodebookTensor]]]:
+        """Copies of (x by M, weights), on the device."""
+        make = self._make.result()
+        return [make(key) for key in self._keys]
+
+    @functools.cached_property
+    def wanted(self) -> list[jax.Array]:
+        """What the first copy should give, f32 [M, N] of the most rows."""
+        xs, weights = self.operands[0]
+        return self._multiply.result()(xs[max(xs)], weights)
+
+    def measure(self, task: Task) -> Iterator[tuning.Entry | str]:
+        """An entry for each candidate that is right, a sentence for each that is not."""
+        judge = self._judges[task].result()
+        operands = [(xs[task.M], weights) for xs, weights in self.operands]
+        for (name, tiles), future in self._candidates[task].items():
+            try:
+                program = future.result()
+                error = float(judge(program(*operands[0]), self.wanted))
+                if not error <= MAX_ERROR:  # NaN included
+                    raise ArithmeticError(f"relative error {error:.1e}")
+                runs = [functools.partial(program, *each) for each in operands]
+                us, _ = kernel_time(runs, jax.block_until_ready)
+            except Exception as error:  # the other candidates go on
+                yield f"{task}: {name} {tiles}: {type(error).__name__}: {str(error)[:200]}"
+                continue
+            yield tuning.Entry(*task.key, name, dataclasses.asdict(tiles), round(us, 2))
+
+
+def references(x: jax.Array, weights: Sequence[CodebookTensor]) -> list[jax.Array]:
+    """What the candidates should give, in float32."""
+    return [reference(x, w) for w in weights]
+
+
+def worst_error(results: Sequence[jax.Array], wanted: Sequence[jax.Array]) -> jax.Array:
+    """The largest relative error of results [M, N] against the first M rows of what is wanted."""
+    norm = jnp.linalg.norm
+    pairs = [
+        (y.astype(jnp.float32), full[: len(y)]) for y, full in zip(results, wanted, strict=True)
+    ]
+    return jnp.stack([norm(y - right) / norm(right) for y, right in pairs]).max()
 
 
 def compiled(call: Callable[..., Any], operands: tuple) -> jax.stages.Compiled:
     """The program of a call for operands of these shapes."""
     return jax.jit(call).lower(*operands).compile()
-
-
-def measure(task: Task, programs: Programs, operands: list[tuple]) -> Iterator[tuning.Entry | str]:
-    """An entry for each candidate that is right, a sentence for each that is not."""
-    x, weights = operands[0]
-    wanted = [jax.jit(reference)(x, w) for w in weights]
-    for (name, tiles), future in programs.items():
-        try:
-            program = future.result()
-            error = max(map(_relative_error, program(*operands[0]), wanted))
-            if not error <= MAX_ERROR:  # NaN included
-                raise ArithmeticError(f"relative error {error:.1e}")
-            runs = [functools.partial(program, *each) for each in operands]
-            us, _ = kernel_time(runs, jax.block_until_ready)
-        except Exception as error:  # the other candidates go on
-            yield f"{task}: {name} {tiles}: {type(error).__name__}: {str(error)[:200]}"
-            continue
-        fields = dataclasses.asdict(tiles)
-        yield tuning.Entry(*task.key, name, fields, round(us, 2))
-
-
-def _relative_error(actual: jax.Array, wanted: jax.Array) -> float:
-    """That of a whole result, computed where it lies."""
-    difference = jnp.linalg.norm(jnp.asarray(actual, jnp.float32) - wanted)
-    return float(difference / jnp.linalg.norm(wanted))
 
 
 def tune(options: Options) -> Path:
@@ -257,16 +294,15 @@ def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry
     """Measure shape after shape, while the candidates of the next are compiled."""
     shapes = [list(group) for _, group in itertools.groupby(missing, lambda task: task.shape)]
     with ThreadPoolExecutor() as pool:
-        following = start_compiling(pool, shapes[0]) if shapes else {}
+        following = Programs(pool, shapes[0]) if shapes else None
         for i, group in enumerate(shapes):
             programs = following
-            following = start_compiling(pool, shapes[i + 1]) if i + 1 < len(shapes) else {}
-            operands: list[tuple] = []
+            assert programs is not None
+            following = Programs(pool, shapes[i + 1]) if i + 1 < len(shapes) else None
             for task in group:
-                wait(programs[task].values())
+                programs.wait(task)
                 with turn():
-                    operands = operands or make_operands(task.shape, max(t.M for t in group))
-                    outcomes = list(measure(task, programs[task], rows_of(operands, task.M)))
+                    outcomes = list(programs.measure(task))
                 yield task, outcomes
 
 

@@ -160,20 +160,22 @@ def refine(
     spec, dtype = w.spec, w.dtype
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
-    energy = _energy(W, H)
+    unit = _energy(W, H)
     last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
         nonlocal last
-        error = float(objective(W, H, CodebookTensor(codes, books, scales)))  # waits for the device
+        error = float(
+            _objective(W, H, CodebookTensor(codes, books, scales))
+        )  # waits for the device
         before, last = last, time.perf_counter()
-        return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
+        return Stage(name, error / float(unit) if error > 0 else 0.0, last - before)
 
     stages = [stage("kmeans")]
     for i in range(options.rounds):
         before = stages[-1].error
         books, scales = fit_floats(
-            W, H, energy, codes, books, scales, options.steps, options.learning_rate
+            W, H, unit, codes, books, scales, options.steps, options.learning_rate
         )
         stages.append(stage("adam"))
         codes = _search(W, H, codes, books, scales, jax.random.fold_in(key, i), spec, options.beam)
@@ -190,10 +192,19 @@ def refine(
     return w, tuple(stages)
 
 
-@jax.jit
 def objective(W: jax.Array, H: jax.Array, w: CodebookTensor) -> jax.Array:
     """f32 [], tr(dW^T H dW) with dW = W - dequantize(w)."""
-    return _energy(W.astype(jnp.float32) - dequantize(w, jnp.float32), H)
+    return energy(W.astype(jnp.float32) - dequantize(w, jnp.float32), H)
+
+
+def energy(W: jax.Array, H: jax.Array) -> jax.Array:
+    """f32 [], tr(W^T H W)."""
+    return jnp.sum(W * jnp.dot(H, W, precision=PRECISION))
+
+
+_objective, _energy = (
+    jax.jit(function, compiler_options=COMPILER_OPTIONS) for function in (objective, energy)
+)
 
 
 @functools.partial(jax.jit, static_argnames="steps", compiler_options=COMPILER_OPTIONS)
@@ -298,12 +309,6 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
             f"is {mean:.3g}, the least value there {least:.3g}."
         )
     return (H + H.T) / 2 + damping * mean * jnp.eye(K)
-
-
-@jax.jit
-def _energy(W: jax.Array, H: jax.Array) -> jax.Array:
-    """tr(W^T H W)."""
-    return jnp.sum(W * jnp.dot(H, W, precision=PRECISION))
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
