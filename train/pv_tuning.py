@@ -44,10 +44,11 @@ class PVOptions:
     Attributes:
       max_code_change: tau, the largest share of a linear's groups that a step gives other codes,
         rounded up to whole groups; 0 trains floats alone. The authors' max_code_change_per_step.
-      code_learning_rate: peak rate of a buffer, relative to the norm of its matrix, as in LAMB
-        (arXiv 1904.00962). The authors' code_lr, with LAMB, is 0.01 for thousands of steps of a
-        million tokens. A code changes once its buffer has left the code's cell, which at that rate
-        takes longer than the hundreds of steps that this is meant for.
+      code_learning_rate: peak rate of a buffer, in units of `code_spacing`. The authors' code_lr is
+        relative to the norm of the matrix alone, as in LAMB (arXiv 1904.00962): 0.01 for 2 bits and
+        thousands of steps of a million tokens. A code changes once its buffer has left the code's
+        cell. At 3 and 4 bits cells are smaller, and steps of that size would be noise; at 2 bits
+        0.06 is 0.02 to 0.03 of the norm, for the hundreds of steps that this is meant for.
       code_decay: decay of the mean square of a buffer's gradient. The authors' code_beta2; their
         code_beta1 is 0, so that no mean is kept.
       beam: hypotheses of the search for the codes of a group; it is exact for m = 1. The authors'
@@ -60,7 +61,7 @@ class PVOptions:
     """
 
     max_code_change: float = 0.01
-    code_learning_rate: float = 0.03
+    code_learning_rate: float = 0.06
     code_decay: float = 0.95
     beam: int = 5
     delta_decay: float = 0.0
@@ -97,10 +98,12 @@ class PVTuning(Objective):
 
     Attributes:
       options: how codes are trained.
+      spacings: `code_spacing` of each linear at the start, by its path.
       quantized: pure `PVWeights` -> the model that they are, in its own dtype.
     """
 
     options: PVOptions
+    spacings: dict[str, float]
     quantized: Callable[[PVWeights], Model]
 
     def artifact(self, trainable: PVWeights) -> Model:
@@ -115,9 +118,15 @@ class PVTuning(Objective):
         buffers = optax.chain(
             optax.scale_by_rms(self.options.code_decay, eps_in_sqrt=False, bias_correction=True),
             optax.scale_by_trust_ratio(),
+            optax.stateless(self._in_spacings),
             optax.scale_by_learning_rate(lambda n: rate * schedule(n)),
         )
         return optax.partition({"floats": optimizer, "buffers": buffers}, _fields)
+
+    def _in_spacings(self, updates: PyTree, _: PyTree | None = None) -> PyTree:
+        """Updates of buffers, of the norm of their matrices, times its linear's spacing each."""
+        buffers = {name: self.spacings[name] * x for name, x in updates.buffers.items()}
+        return dataclasses.replace(updates, buffers=buffers)
 
     def settle(self, trainable: PVWeights) -> tuple[PVWeights, dict[str, jax.Array]]:
         """The V step. Metric code_change: the share of all groups that got other codes."""
@@ -172,6 +181,7 @@ def pv_tuning(model: Model, teacher: Model, options: PVOptions = PVOptions()) ->
         models=models,
         teacher=lambda teacher: teacher,
         options=options,
+        spacings={name: float(code_spacing(w)) for name, w in tensors.items()},
         quantized=quantized,
     )
 
@@ -185,6 +195,35 @@ def codebook_tensors(model: Model) -> dict[str, CodebookTensor]:
         return CodebookTensor(*(variables[*path, field].get_value() for field in fields))
 
     return {name: tensor(_path(name)) for name, _ in model.specs}
+
+
+@jax.jit
+def code_spacing(w: CodebookTensor) -> jax.Array:
+    """How far a code lies from the next, f32 []: of a group of weights, relative to its norm.
+
+    The distance from a code's vector to the nearest other one of its codebook, root mean square
+    over all groups; the least of all codebooks, over the norm of the groups' unscaled vectors. Near
+    0.5 and 0.35 for one and two codebooks of 2 bits a weight, 0.2 for 3 bits, 0.12 for 4.
+    """
+    codes_mjn = unpack_codes(w.codes, w.spec.bits)
+    books_msv = w.codebooks.astype(jnp.float32)
+
+    def to_next(book_sv: jax.Array) -> jax.Array:
+        index_s = jnp.arange(len(book_sv))
+
+        def of_one(i: jax.Array) -> jax.Array:
+            distance_s = jnp.sum(jnp.square(book_sv - book_sv[i][None]), axis=1)
+            return jnp.min(jnp.where(index_s == i, jnp.inf, distance_s))
+
+        return jax.lax.map(of_one, index_s, batch_size=256)  # of 2**16 vectors all pairs are 16 GB
+
+    ones = dataclasses.replace(w, codebooks=books_msv, scales=jnp.ones(w.scales.shape))
+    squares = w.spec.vector_length * jnp.mean(jnp.square(dequantize(ones, jnp.float32)))
+    nearest = [
+        jnp.mean(to_next(book_sv)[codes_jn])
+        for book_sv, codes_jn in zip(books_msv, codes_mjn, strict=True)
+    ]
+    return jnp.sqrt(jnp.min(jnp.stack(nearest)) / jnp.where(squares > 0, squares, 1.0))
 
 
 @functools.partial(jax.jit, static_argnames="options")

@@ -21,6 +21,7 @@ from jaxcodec.train.ptq import quantize_model
 from jaxcodec.train.pv_tuning import (
     PVOptions,
     changed_share,
+    code_spacing,
     codebook_tensors,
     pv_tuning,
     recode,
@@ -36,7 +37,7 @@ from jaxcodec.train.step import (
 
 STEPS = 50
 # 512 tokens or more a step average little noise out of the codes' gradients; so they may hurry.
-OPTIONS = PVOptions(max_code_change=0.01, code_learning_rate=0.1, beam=1)
+OPTIONS = PVOptions(max_code_change=0.01, code_learning_rate=0.2, beam=1)
 
 
 def strings(seed, rows):
@@ -128,6 +129,33 @@ def test_a_step_that_changes_no_code_is_one_of_distillation(tuned_floats, tuned)
     (floats, _), (state, metrics) = tuned_floats[0], tuned[0]
     assert metrics["code_change"] == 0
     chex.assert_trees_all_close(state.trainable.floats, floats.trainable, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["m1v4b4g32", "m3v8b8g64"])
+def test_codes_are_as_far_apart_as_their_nearest_neighbours(text, key):
+    spec = CodebookSpec.parse(text)
+    w = random_codebook_tensor(key, spec, 64, 48, jnp.float32)
+    w = dataclasses.replace(
+        w, codebooks=w.codebooks * 0.5 ** jnp.arange(len(w.codebooks))[:, None, None]
+    )
+    books, codes = np.asarray(w.codebooks), unpack(w.codes, spec.bits)
+    nearest = []
+    for book, chosen in zip(books, codes, strict=True):
+        distances = np.linalg.norm(book[:, None] - book[None], axis=-1)
+        np.fill_diagonal(distances, np.inf)
+        nearest.append(np.mean(distances.min(axis=1)[chosen] ** 2))
+    vectors = sum(book[chosen] for book, chosen in zip(books, codes, strict=True))
+    wanted = np.sqrt(min(nearest) / np.mean(np.sum(vectors**2, axis=-1)))
+    np.testing.assert_allclose(code_spacing(w), wanted, rtol=1e-5)
+
+
+def test_a_buffer_steps_by_its_share_of_the_spacing(pv_run, tuned):
+    start, (state, _) = pv_run.start(), tuned[0]
+    rate = OPTIONS.code_learning_rate * float(make_schedule(1.0, 5, STEPS)(0))
+    for name, spacing in pv_run.objective.spacings.items():
+        before, after = (np.asarray(x.trainable.buffers[name]) for x in (start, state))
+        step = np.linalg.norm(after - before) / np.linalg.norm(before)
+        np.testing.assert_allclose(step, rate * spacing, rtol=1e-4)
 
 
 def test_no_step_changes_more_codes_than_it_may(pv_run, tuned):
