@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcodec.models.cache import KVCache
@@ -140,15 +141,24 @@ class HostPages:
 @jax.jit
 def read_pages(cache: KVCache, pages: np.ndarray) -> tuple[jax.Array, jax.Array]:
     """Keys and values [L, N, ...] of pages int32 [N]."""
-    return cache.k[:, pages], cache.v[:, pages]
+    places = _places(cache, pages)
+    return cache.k[places], cache.v[places]
 
 
 @functools.partial(jax.jit, donate_argnames=("cache",))
 def write_pages(cache: KVCache, pages: np.ndarray, k: np.ndarray, v: np.ndarray) -> KVCache:
     """The cache with keys and values [L, N, ...] in pages int32 [N]; no page is not written."""
-    return KVCache(
-        cache.k.at[:, pages].set(k, mode="drop"), cache.v.at[:, pages].set(v, mode="drop")
-    )
+    places = _places(cache, pages)
+    return KVCache(cache.k.at[places].set(k, mode="drop"), cache.v.at[places].set(v, mode="drop"))
+
+
+def _places(cache: KVCache, pages: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+    """Indices of pages [N] in all layers.
+
+    `k[:, pages]` would be the same, but XLA begins that with a transposed copy of the whole cache
+    on a GPU, for which there is no room.
+    """
+    return jnp.arange(len(cache.k))[:, None], pages[None]
 
 
 def _padded(pages: Sequence[int], filler: int) -> np.ndarray:
