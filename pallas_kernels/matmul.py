@@ -150,7 +150,7 @@ def choose(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: jnp.dty
     dtype = jnp.dtype(dtype)
     entry = _entry(M, K, Ns, spec)
     tuned = [entry.kernel] if entry else []
-    for name in [*tuned, *tuning.preferences(M, K, sum(Ns), spec, dtype)]:
+    for name in [*tuned, *tuning.preferences(M, K, Ns, spec, dtype)]:
         if not _refusal(name, M, K, Ns, spec, dtype):
             return name
     on_gpu = _default_device().platform == "gpu"

@@ -156,13 +156,13 @@ def calls(task: Task) -> dict[tuple[str, Any], Callable[..., list[jax.Array]]]:
     dtype = jnp.dtype(jnp.bfloat16)
     able = [
         (name, KERNELS[name])
-        for name in tuning.preferences(task.M, task.K, sum(task.Ns), task.spec, dtype)
+        for name in tuning.preferences(task.M, task.K, task.Ns, task.spec, dtype)
         if not any(KERNELS[name].refusal(task.M, task.K, N, task.spec, dtype) for N in task.Ns)
     ]
     return {
         (name, tiles): functools.partial(multiply, kernel, tiles)
         for name, kernel in able[:LIKELIEST]
-        for tiles in kernel.candidates(task.M, task.K, sum(task.Ns), task.spec)
+        for tiles in kernel.candidates(task.M, task.K, task.Ns, task.spec)
     }
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,16 @@ from jaxcodec.checkpoints.files import read_json, replacement
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.spec import CodebookSpec
 
-# Rows up to which the kernels won on the H100 where nothing else is known; see the figure of time
-# against rows in docs/kernels.md.
+# Rows up to which the kernels won on H100 and H200 where nothing else is known; see the figure of
+# time against rows in docs/kernels.md.
 GATHER_ROWS = 1
 MMA_ROWS = 16
-# One launch of mma beats the gather's two up to here at one row and one codebook, on an H200:
-# 8192x8192 takes 10.7 us against 12.1, 4096x4096 5.0 against 5.4, but 4096x14336 10.6 against 9.4.
-SMALL_N, SMALL_WEIGHT = 8192, 2**26
+# Weights K x N up to which mma won on the H200 besides. One row, one codebook: it takes 5.1 us and
+# the gather 5.3 at 4096x4096, 10.9 and 10.4 at 8192x8192.
+SMALL_WEIGHT = 2**24
+# 17 to 32 rows: it takes 19.6 us and wgmma 19.8 at 8192x8192 with one codebook; with more, 10.6 and
+# 11.7 at 4096x4096, 26.1 and 22.4 at 8192x8192.
+MEDIUM_WEIGHT = 2**26
 # A float32 x has no tensor cores: the gather reads the codes again for each 4 rows, and stays
 # ahead of writing a float32 weight to memory up to this many.
 FLOAT32_ROWS = 8
@@ -88,16 +91,20 @@ class Table:
         return next((entry for entry in found if entry.M >= M > 0), None)
 
 
-def preferences(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> tuple[str, ...]:
-    """Kernels to try for M rows and weights [K, N], N in all, never measured: the best first."""
+def preferences(
+    M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: jnp.dtype
+) -> tuple[str, ...]:
+    """Kernels to try for M rows and weights [K, N_i] of one launch, never measured: best first."""
     if jnp.dtype(dtype).itemsize == 4:
         return ("psumbook_mosaic",) if M <= FLOAT32_ROWS else ()
+    weight, one = K * sum(Ns), spec.num_codebooks == 1
     if M <= GATHER_ROWS:
-        if spec.num_codebooks == 1 and N <= SMALL_N and K * N <= SMALL_WEIGHT:
+        # The gather cuts all weights of a launch alike, too wide for the narrow ones: q, k and v of
+        # 70B take 21.6 us so, and 14.2 by mma.
+        if len(set(Ns)) > 1 or (one and weight <= SMALL_WEIGHT):
             return ("mma_mosaic", "psumbook_mosaic", "wgmma_mosaic")
         return ("psumbook_mosaic", "mma_mosaic", "wgmma_mosaic")
-    # Two wide codebooks keep shared memory busier, which mma uses less for x.
-    if M <= MMA_ROWS or (M <= 2 * MMA_ROWS and spec.num_codebooks > 1):
+    if M <= MMA_ROWS or (M <= 2 * MMA_ROWS and weight <= (MEDIUM_WEIGHT if one else SMALL_WEIGHT)):
         return ("mma_mosaic", "wgmma_mosaic")
     return ("wgmma_mosaic", "mma_mosaic")
 

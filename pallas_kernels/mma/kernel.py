@@ -81,9 +81,10 @@ def matmul(
         if reason := refusal(M, K, w.shape[1], spec, x.dtype):
             raise NotImplementedError(f"The mma kernel cannot run: {reason}.")
     wide = [padded(w) for w in weights]
-    N = sum(w.shape[1] for w in wide)
-    tiles = tiles or tiling(M, K, N, spec)
-    exact = weights[0].codebooks.dtype == x.dtype and not adds_codebooks(tiles.rows, K, N, spec)
+    Ns = [w.shape[1] for w in wide]
+    tiles = tiles or tiling(M, K, Ns, spec)
+    adds = adds_codebooks(tiles.rows, K, sum(Ns), spec)
+    exact = weights[0].codebooks.dtype == x.dtype and not adds
     with jax.named_scope("mma_matmul"):
         factors = None
         if x.dtype != jnp.float16 and not exact:

@@ -73,7 +73,7 @@ def matmul(
       x: bf16, f16 or f32 [M, K]. Sums are float32; with a 16-bit x products are rounded to 16-bit
         integers, which costs a relative error of 6e-5.
       weights: share K, spec and dtype, each with its own codebooks and N.
-      tiles: default `tiling`'s for the sum of all N.
+      tiles: default `tiling`'s.
       out_dtype: of the results.
       interpret: run the kernels' structure on a CPU, with JAX looking for races.
 
@@ -88,7 +88,7 @@ def matmul(
     for N in widths:
         if reason := refusal(M, K, N, spec, x.dtype):
             raise NotImplementedError(f"The Psumbook kernel cannot run: {reason}.")
-    plan = Plan.of(tiles or tiling(M, K, sum(widths), spec), K, widths, spec, x.dtype)
+    plan = Plan.of(tiles or tiling(M, K, widths, spec), K, widths, spec, x.dtype)
     with jax.named_scope("psumbook_matmul"):
         padded = jnp.pad(x, ((0, 0), (0, -K % WARPGROUP)))
         partial, units = _partial_sums(padded, weights, plan, interpret)

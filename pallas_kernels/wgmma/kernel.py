@@ -82,7 +82,7 @@ def matmul(
         if reason := refusal(M, K, w.shape[1], spec, x.dtype):
             raise NotImplementedError(f"The wgmma kernel cannot run: {reason}.")
     wide = [padded(w) for w in weights]
-    tiles = tiles or tiling(M, K, sum(w.shape[1] for w in wide), spec)
+    tiles = tiles or tiling(M, K, [w.shape[1] for w in wide], spec)
     with jax.named_scope("wgmma_matmul"):
         halves, factors = half_tiles(x, interpret)
         dtype = out_dtype if tiles.splits == 1 else jnp.float32

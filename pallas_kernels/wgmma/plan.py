@@ -91,15 +91,15 @@ class Tiling:
             raise ValueError(f"{self} needs more shared memory than a block has for {spec}.")
 
 
-def tiling(M: int, K: int, N: int, spec: CodebookSpec) -> Tiling:
-    """The tile sizes for x [M, K] and a `spec` weight [K, N] on a device never tuned."""
-    return candidates(M, K, N, spec)[0]
+def tiling(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec) -> Tiling:
+    """The tile sizes for x [M, K] and `spec` weights [K, N_i] on a device never tuned."""
+    return candidates(M, K, Ns, spec)[0]
 
 
-def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
-    """What is worth timing for x [M, K] and a `spec` weight [K, N], the heuristic's choice first.
+def candidates(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec) -> list[Tiling]:
+    """What is worth timing for x [M, K] and `spec` weights [K, N_i], the heuristic's choice first.
 
-    N is the sum over weights that share a launch.
+    The weights share a launch.
     """
     found = []
     splits = [n for n in SPLITS if n == 1 or K >= n * MIN_SPLIT_K]
@@ -110,7 +110,7 @@ def candidates(M: int, K: int, N: int, spec: CodebookSpec) -> list[Tiling]:
         tiles = fitting(Tiling(rows, strips, MAX_STAGES, parts, split, cluster), spec, 4)
         if tiles.stages >= 2:
             found.append(tiles)
-    return sorted(found, key=lambda tiles: _microseconds(tiles, M, K, N, spec))[:CANDIDATES]
+    return sorted(found, key=lambda tiles: _microseconds(tiles, M, K, Ns, spec))[:CANDIDATES]
 
 
 def _suits(rows: int, strips: int, parts: int, M: int, spec: CodebookSpec) -> bool:
@@ -146,9 +146,9 @@ def shared_bytes(tiles: Tiling, spec: CodebookSpec, scale_bytes: int = 2) -> int
     return table + tiles.stages * (x + codes + scales) + factors + others + results + padding
 
 
-def _microseconds(tiles: Tiling, M: int, K: int, N: int, spec: CodebookSpec) -> float:
+def _microseconds(tiles: Tiling, M: int, K: int, Ns: Sequence[int], spec: CodebookSpec) -> float:
     """About the time of the kernel and of the sum over splits on an H100, to sort tilings by."""
-    plan = Plan.of(M, K, [N], tiles)
+    plan = Plan.of(M, K, Ns, tiles)
     rows, warpgroups = tiles.rows, tiles.warpgroups
     tensor_cores = 2 * rows * warpgroups  # cycles of a step
     # Cycles of shared memory: lookups, x read by wgmma, x and words as they are copied and read.
@@ -160,7 +160,7 @@ def _microseconds(tiles: Tiling, M: int, K: int, N: int, spec: CodebookSpec) -> 
     kernel = 3 + waves * (plan.steps * step / 1755 + 0.6 + 0.005 * rows)
     if tiles.splits == 1:
         return kernel
-    megabytes = tiles.splits * M * N * 4 / 1e6
+    megabytes = tiles.splits * M * sum(Ns) * 4 / 1e6
     return kernel + 1 + 0.2 * megabytes + 0.2 * max(0, megabytes - 16)
 
 

@@ -183,8 +183,8 @@ def test_tiles_that_no_block_can_hold():
 def test_tiles_fit_real_shapes(spec, M):
     spec = CodebookSpec.parse(spec)
     for K, N in [*LLAMA_8B.values(), *LLAMA_70B.values(), (4096, 8), (128, 8192)]:
-        found = mma.candidates(M, K, N, spec)
-        assert found[0] == mma.tiling(M, K, N, spec)
+        found = mma.candidates(M, K, [N], spec)
+        assert found[0] == mma.tiling(M, K, [N], spec)
         assert 1 <= len(set(found)) == len(found) <= plan.CANDIDATES
         for tiles in found:
             assert plan.shared_bytes(tiles, spec, scale_bytes=4) <= layout.SHARED_BYTES

@@ -109,7 +109,7 @@ def test_mma_tiles_of_fewer_rows_than_the_entry_are_refused(tmp_path):
     path = write_rows(tmp_path / "device.json", {"M": 16}, {"M": 17})
     with pytest.raises(ValueError, match=REFUSED.format("M = 17 but tiles of 16 rows")):
         tuning.read(path)
-    tiles = dataclasses.asdict(KERNELS["wgmma_mosaic"].tiling(64, 4096, 4096, SPEC))
+    tiles = dataclasses.asdict(KERNELS["wgmma_mosaic"].tiling(64, 4096, [4096], SPEC))
     change = {"M": 1024, "kernel": "wgmma_mosaic", "tiles": tiles}
     assert len(tuning.read(write_rows(path, change))) == 1  # which walks tiles of rows
 
@@ -150,7 +150,7 @@ def test_entries_of_other_versions_are_left_out_with_a_warning(user_directory):
     ],
 )
 def test_sizes_that_cannot_be_are_left_out(tmp_path, kernel, changes):
-    tiles = dataclasses.asdict(KERNELS[kernel].tiling(1, 4096, 4096, SPEC))
+    tiles = dataclasses.asdict(KERNELS[kernel].tiling(1, 4096, [4096], SPEC))
     row = {"kernel": kernel, "M": 1, "tiles": tiles}
     assert len(tuning.read(write_rows(tmp_path / "device.json", row))) == 1
     for name, value in changes.items():
@@ -164,7 +164,7 @@ def test_sizes_that_cannot_be_are_left_out(tmp_path, kernel, changes):
 def test_candidates_can_be(kernel, spec):
     spec = CodebookSpec.parse(spec)
     for M, K, N in [(1, 4096, 4096), (32, 8192, 28672), (64, 14336, 1000)]:
-        for tiles in KERNELS[kernel].candidates(M, K, N, spec):
+        for tiles in KERNELS[kernel].candidates(M, K, [N], spec):
             tiles.check(spec)
 
 
@@ -216,7 +216,7 @@ def faked(monkeypatch, us):
 
     def calls(task):
         return {
-            (name, KERNELS[name].tiling(task.M, task.K, sum(task.Ns), task.spec)): (
+            (name, KERNELS[name].tiling(task.M, task.K, task.Ns, task.spec)): (
                 tune.functools.partial(multiply, name=name)
             )
             for name in KERNELS
@@ -308,9 +308,11 @@ def test_tuning_needs_a_gpu():
 
 
 def test_preferences_without_a_measurement():
-    first = lambda M, N, spec: tuning.preferences(M, 8192, N, spec, jnp.dtype("bfloat16"))[0]
+    first = lambda M, Ns, spec: tuning.preferences(M, 8192, Ns, spec, jnp.dtype("bfloat16"))[0]
     one, two = CodebookSpec.parse("m1v4g128"), CodebookSpec.parse("m2v8g128")
-    assert first(1, 28672, one) == first(1, 8192, two) == "psumbook_mosaic"
-    assert first(1, 8192, one) == first(8, 28672, two) == "mma_mosaic"
-    assert first(512, 28672, two) == "wgmma_mosaic"
-    assert tuning.preferences(512, 8192, 8192, two, jnp.dtype("float32")) == ()
+    assert first(1, [28672], one) == first(1, [1024], two) == "psumbook_mosaic"
+    assert first(1, [28672, 28672], one) == "psumbook_mosaic"
+    assert first(1, [1024], one) == first(1, [8192, 1024, 1024], two) == "mma_mosaic"
+    assert first(8, [28672], two) == first(32, [8192], one) == "mma_mosaic"
+    assert first(32, [8192], two) == first(512, [28672], two) == "wgmma_mosaic"
+    assert tuning.preferences(512, 8192, [8192], two, jnp.dtype("float32")) == ()

@@ -179,8 +179,8 @@ def test_matmul_raises_what_refusal_says():
 def test_tiles_fit_real_shapes(spec, M):
     spec = CodebookSpec.parse(spec)
     for K, N in [*LLAMA_8B.values(), *LLAMA_70B.values(), (4096, 8)]:
-        found = wgmma.candidates(M, K, N, spec)
-        assert found[0] == wgmma.tiling(M, K, N, spec)
+        found = wgmma.candidates(M, K, [N], spec)
+        assert found[0] == wgmma.tiling(M, K, [N], spec)
         assert 1 <= len(set(found)) == len(found) <= plan.CANDIDATES
         for tiles in found:
             assert plan.shared_bytes(tiles, spec, scale_bytes=4) <= layout.SHARED_BYTES
