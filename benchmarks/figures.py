@@ -1,6 +1,6 @@
 """Draw time against rows from the benchmark's results.
 
-    python -m benchmarks.figures    # docs/figures/time_against_rows.svg, from results/h100
+    python -m benchmarks.figures h100 h200    # docs/figures/time_against_rows_h100.svg, ...
 
 Letters: M rows, K input and N output features.
 """
@@ -21,8 +21,8 @@ from benchmarks.plan import KERNEL_SHAPES, ROWS_BY_WEIGHT  # noqa: E402
 from benchmarks.tables import Row, Times  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "h100" / "kernels.json"
-OUT = ROOT / "docs" / "figures" / "time_against_rows.svg"
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURES = ROOT / "docs" / "figures"
 # Blue, orange, grey and the rest are told apart with the common kinds of colour blindness.
 LINES = {
     ("dense_bf16", "bf16"): ("dense bf16", "#666666", "s", "-"),
@@ -71,18 +71,20 @@ def _panel(panel: Any, times: Times, K: int, N: int) -> None:
 
 
 def main() -> None:
-    """Read the results and write the figure, as SVG and as PNG beside it."""
+    """Read the results of each device and write its figure, as SVG and as PNG beside it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--out", type=pathlib.Path, default=OUT)
+    parser.add_argument("devices", nargs="+", help="folders of benchmarks/results, such as h100")
+    parser.add_argument("--out", type=pathlib.Path, default=FIGURES, help="folder")
     options = parser.parse_args()
-    about = json.loads(options.results.read_text())
-    figure = draw(about, about.pop("rows"))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    # Without these two a rerun would differ in every file.
+    options.out.mkdir(parents=True, exist_ok=True)
+    # Without this and `Date` a rerun would differ in every file.
     matplotlib.rcParams["svg.hashsalt"] = "jaxcodec"
-    figure.savefig(options.out, metadata={"Date": None})
-    figure.savefig(options.out.with_suffix(".png"), dpi=150)
+    for device in options.devices:
+        about = json.loads((RESULTS / device / "kernels.json").read_text())
+        figure = draw(about, about.pop("rows"))
+        out = options.out / f"time_against_rows_{device}.svg"
+        figure.savefig(out, metadata={"Date": None})
+        figure.savefig(out.with_suffix(".png"), dpi=150)
 
 
 if __name__ == "__main__":
