@@ -10,11 +10,19 @@ from typing import Any, cast
 
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 GLOBAL = 1  # of LLVM's address spaces for NVPTX
 WARP = 32
+SCALAR = plgpu.Layout.WG_SPLAT(())  # of an argument that all threads share
+
+
+def thread(modulus: int | None = None) -> ir.Value:
+    """Index of the CUDA thread in its block, or in its part of `modulus` threads."""
+    index = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
+    return index if modulus is None else rem(index, modulus)
 
 
 def i8() -> ir.Type:

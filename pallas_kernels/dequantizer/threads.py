@@ -13,6 +13,7 @@ from jaxlib.mlir.dialects import arith, llvm, vector
 
 from jaxcodec.pallas_kernels.dequantizer.plan import WARP, WARPS, Plan
 from jaxcodec.pallas_kernels.lanes import (
+    SCALAR,
     add,
     below,
     c,
@@ -22,12 +23,12 @@ from jaxcodec.pallas_kernels.lanes import (
     global_pointer,
     load_words,
     mul,
-    rem,
     row_offset,
+    thread,
     vec,
 )
 from jaxcodec.pallas_kernels.operands.layout import TABLE_ROW
-from jaxcodec.pallas_kernels.operands.threads import SCALAR, own_copy, read_entry, thread, to_f32
+from jaxcodec.pallas_kernels.operands.threads import own_copy, read_entry, to_f32
 
 
 def write_pieces(plan: Plan, table_ref, codes_ref, scales_ref, out_ref, first) -> None:
@@ -41,7 +42,7 @@ def write_pieces(plan: Plan, table_ref, codes_ref, scales_ref, out_ref, first) -
     def write_pieces(_, table, codes, scales, out, first):
         piece = add(mul(first.registers.item(), WARPS), div(thread(), WARP))
         row, across = arith.divui(piece, c(plan.across)), arith.remui(piece, c(plan.across))
-        column = add(mul(across, plan.width), mul(rem(thread(), WARP), plan.columns))
+        column = add(mul(across, plan.width), mul(thread(WARP), plan.columns))
         inside = arith.andi(below(piece, plan.pieces), below(column, plan.N))
         with mgpu_utils.when(inside):
             _write_piece(plan, table, codes, scales, out, row, column)

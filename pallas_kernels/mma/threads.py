@@ -19,6 +19,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
 from jaxcodec.pallas_kernels.lanes import (
+    SCALAR,
     add,
     at,
     below,
@@ -31,19 +32,12 @@ from jaxcodec.pallas_kernels.lanes import (
     rem,
     smaller,
     store,
+    thread,
     vec,
 )
 from jaxcodec.pallas_kernels.mma.plan import MMA_COLUMNS, SPAN_TILES, Plan
 from jaxcodec.pallas_kernels.operands.layout import K_TILE, SCALE_EXPONENT
-from jaxcodec.pallas_kernels.operands.threads import (
-    SCALAR,
-    STEPS,
-    SUMS,
-    Lane,
-    as_i32,
-    thread,
-    with_registers,
-)
+from jaxcodec.pallas_kernels.operands.threads import STEPS, SUMS, Lane, as_i32, with_registers
 
 
 def _place(plan: Plan) -> tuple[ir.Value, ir.Value, ir.Value]:
@@ -160,7 +154,7 @@ def _rows_of_x(x, rows: int, tile, eight: int) -> list[ir.Value]:
 
     Lane 4 g + q reads the 16 inputs of row g that its weights have: two pieces of 16 bytes.
     """
-    lane = rem(thread(), 32)
+    lane = thread(32)
     row, found = div(lane, 4), []
     first = add(mul(add(mul(tile, rows), 8 * eight), 128), mul(row, 128))
     first = at(mgpu_utils.memref_ptr(x), first)
@@ -177,7 +171,7 @@ def store_sums(plan: Plan, total, sums_ref) -> None:
     @plgpu.inline_mgpu(arg_types=(SUMS, plgpu.RefType()))
     def store_sums(_, total, ref):
         part, column, busy = _place(plan)
-        lane = rem(thread(), 32)
+        lane = thread(32)
         column = add(column, mul(div(lane, 4), 2))
         row = add(mul(part, plan.tiles.rows), mul(rem(lane, 4), 2))
         first = at(mgpu_utils.memref_ptr(ref), mul(add(mul(row, plan.tiles.columns), column), 4))

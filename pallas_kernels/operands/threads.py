@@ -23,9 +23,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, llvm, math, vector
+from jaxlib.mlir.dialects import arith, llvm, math, vector
 
 from jaxcodec.pallas_kernels.lanes import (
+    SCALAR,
     add,
     at,
     below,
@@ -38,6 +39,7 @@ from jaxcodec.pallas_kernels.lanes import (
     mul,
     rem,
     row_offset,
+    thread,
     vec,
 )
 from jaxcodec.pallas_kernels.operands.layout import (
@@ -54,7 +56,6 @@ STEPS = K_TILE // 16  # mmas along K of a tile
 
 SUMS = plgpu.Layout._WGMMA_ACC_32BIT
 FRAGMENT = plgpu.Layout.WGMMA
-SCALAR = plgpu.Layout.WG_SPLAT(())
 SWIZZLED = (plgpu.SwizzleTransform(128),)
 
 
@@ -63,7 +64,7 @@ def store_scalar(ref, value) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), SCALAR))
     def store(_, ref, value):
-        with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.eq, rem(thread(), WARPGROUP), c(0))):
+        with mgpu_utils.when(arith.cmpi(arith.CmpIPredicate.eq, thread(WARPGROUP), c(0))):
             llvm.store(value.registers.item(), mgpu_utils.memref_ptr(ref))
 
     store(ref, value)
@@ -77,7 +78,7 @@ def store_largest(x_ref, maxima_ref) -> None:
         kind, largest = ir.MemRefType(x.type), mgpu_utils.c(0.0, f32())
         dtype, [K] = kind.element_type, kind.shape
         size, first = mgpu_utils.bitwidth(dtype) // 8, mgpu_utils.memref_ptr(x)
-        own = rem(thread(), WARPGROUP)
+        own = thread(WARPGROUP)
         for start in range(0, K // 8, WARPGROUP):
             piece = add(own, start)
             # Beyond the end threads read the first piece again.
@@ -109,7 +110,7 @@ def write_halves(x_ref, power, tiles_ref) -> None:
         x, tiles = mgpu_utils.memref_ptr(x), mgpu_utils.memref_ptr(tiles)
         # A thread writes 16 bytes: of each lane's neighbours in a tile the i-th pair.
         for start in range(0, K // 8, WARPGROUP):
-            piece = add(rem(thread(), WARPGROUP), start)
+            piece = add(thread(WARPGROUP), start)
             with mgpu_utils.when(below(piece, K // 8)):
                 tile, i = div(piece, 8), rem(piece, 8)
                 first = at(x, mul(add(mul(tile, K_TILE), mul(i, 2)), size))
@@ -160,7 +161,7 @@ def _fill_row(row, values) -> None:
     words = vector.bitcast(vec(length // 2, i32()), values)
     words = [vector.extract(words, [], [j]) for j in range(length // 2)]
     for i in range(TABLE_ROW // 16):
-        part = arith.xori(rem(thread(), 8), c(i))
+        part = arith.xori(thread(8), c(i))
         held = [words[j % len(words)] for j in range(4)]
         if len(words) > 4:
             odd = arith.cmpi(arith.CmpIPredicate.ne, rem(part, 2), c(0))
@@ -186,7 +187,7 @@ class Lane:
         self.spec, self.scaled = spec, scaled
         self.dtype = ir.MemRefType(table.type).element_type
         v, g, length = spec.vector_length, spec.group_size, spec.vector_length * spec.codes_per_word
-        lane, self.table = rem(thread(), 32), mgpu_utils.memref_ptr(table)
+        lane, self.table = thread(32), mgpu_utils.memref_ptr(table)
         first = mul(rem(lane, 4), LANE_K)  # of its weights along K
         column = mul(rem(div(thread(), 32), 4), 16) if column is None else column
         column = add(column, mul(pair_of_columns(), 2))
@@ -278,7 +279,7 @@ def read_entry(spec: CodebookSpec, table: ir.Value, place, book: int, dtype, odd
 
 def own_copy(v: int) -> tuple[ir.Value, ir.Value]:
     """Where in a row of the table the lane's copy of a vector begins, and whether it is odd."""
-    lane, size = rem(thread(), 32), min(16, 2 * v)
+    lane, size = thread(32), min(16, 2 * v)
     odd = arith.cmpi(arith.CmpIPredicate.ne, rem(lane, 2), c(0))
     return mul(rem(lane, TABLE_ROW // size), size), odd
 
@@ -320,7 +321,7 @@ def _scale(values: Sequence[ir.Value]) -> list:
 
 def pair_of_columns() -> ir.Value:
     """Which pair of columns among the 8 of a warp a lane has."""
-    return div(rem(thread(), 32), 4)
+    return div(thread(32), 4)
 
 
 def with_registers(total, sums: Sequence) -> mgpu.FragmentedArray:
@@ -350,11 +351,6 @@ def to_dtype(values: ir.Value, dtype: ir.Type) -> ir.Value:
     if kind.element_type == dtype:
         return values
     return arith.truncf(vec(kind.shape[0], dtype), to_f32(values))
-
-
-def thread() -> ir.Value:
-    """The thread's number in its block, where gathering warpgroups come first."""
-    return arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
 
 
 def f16() -> ir.Type:

@@ -18,6 +18,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, llvm, vector
 
 from jaxcodec.pallas_kernels.lanes import (
+    SCALAR,
     add,
     at,
     below,
@@ -31,6 +32,7 @@ from jaxcodec.pallas_kernels.lanes import (
     row_offset,
     shared_address,
     smaller,
+    thread,
     vec,
 )
 from jaxcodec.pallas_kernels.psumbook.plan import (
@@ -45,7 +47,6 @@ from jaxcodec.pallas_kernels.psumbook.plan import (
     Plan,
 )
 
-SCALAR = plgpu.Layout.WG_SPLAT(())
 # Codes are read once, and need no place in the L1 cache.
 STREAMED = ".L1::no_allocate.L2::256B"
 MAX_LOAD = 16  # bytes
@@ -85,7 +86,7 @@ def load(plan: Plan, codes, scales, matrix, tile, start, wanted):
     def load(_, codes, scales, *scalars):
         matrix, tile, start, wanted = (scalar.registers.item() for scalar in scalars)
         width = _choose(matrix, [c(N) for N in plan.widths])
-        column = add(start, mul(_thread(WARPGROUP), plan.columns))
+        column = add(start, mul(thread(WARPGROUP), plan.columns))
         if plan.ragged:
             wanted = arith.andi(wanted, below(column, width))
         rows = plan.tiles // plan.parts * plan.words
@@ -224,7 +225,7 @@ def _store_half_row(plan: Plan, base: ir.Value, offset: ir.Value, both: Sequence
     """Write the copies of two words; the two are one value unless entries are exact."""
     first, second = both
     chunks = 4 * COPIES // MAX_LOAD
-    offset = add(offset, mul(_thread(chunks), MAX_LOAD))
+    offset = add(offset, mul(thread(chunks), MAX_LOAD))
     # Opaque, or the compiler keeps all the addresses in registers throughout the kernel.
     offset = mgpu_utils.inline_ptx(
         "mov.b32 $0, $1;", offset, result_types=i32(), has_side_effects=True
@@ -257,7 +258,7 @@ def gather(plan: Plan, table, words):
     )
     def gather(_, table, words):
         base = shared_address(mgpu_utils.memref_ptr(table))
-        lane = mul(_thread(COPIES // 2 if plan.exact else COPIES), 4)
+        lane = mul(thread(COPIES // 2 if plan.exact else COPIES), 4)
         columns = [_elements(word.registers.item()) for word in words]
         sums = []
         for column in range(plan.columns):
@@ -316,7 +317,7 @@ def integers(plan: Plan, sums, maxima, unit, warpgroup):
     )
     def integers(_, sums, maxima, unit):
         size, inverse = _unit(plan, maxima)
-        with mgpu_utils.when(below(_thread(), 1)):
+        with mgpu_utils.when(below(thread(), 1)):
             llvm.store(size, global_pointer(unit))
         results = []
         for one in sums:
@@ -350,8 +351,8 @@ def sum_splits(plan: Plan, partial, units, buffer, first, splits, column, warpgr
     @plgpu.inline_mgpu(arg_types=(*(plgpu.RefType(),) * 3, SCALAR, SCALAR, SCALAR))
     def sum_splits(_, partial, units, buffer, *scalars):
         first, splits, column = (scalar.registers.item() for scalar in scalars)
-        begin = div(_thread(), lanes)
-        column = add(column, mul(_thread(lanes), QUAD))
+        begin = div(thread(), lanes)
+        column = add(column, mul(thread(lanes), QUAD))
         place = at(global_pointer(partial), mul(column, kind.itemsize))
         parts = []
         for turn in range(pl.cdiv(max(plan.splits), step)):
@@ -373,8 +374,8 @@ def sum_splits(plan: Plan, partial, units, buffer, first, splits, column, warpgr
         while distance < WARP:
             sums = [arith.addf(e, mgpu_utils.shfl_bfly(e, distance)) for e in sums]
             distance *= 2
-        with mgpu_utils.when(below(_thread(WARP), lanes)):
-            place = add(mul(div(_thread(), WARP), SUM_COLUMNS), mul(_thread(lanes), QUAD))
+        with mgpu_utils.when(below(thread(WARP), lanes)):
+            place = add(mul(div(thread(), WARP), SUM_COLUMNS), mul(thread(lanes), QUAD))
             place = at(mgpu_utils.memref_ptr(buffer), mul(place, 4))
             llvm.store(_packed(sums), place, alignment=MAX_LOAD)
 
@@ -394,8 +395,8 @@ def write_sums(buffer, outs, matrix, column) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), (plgpu.RefType(),) * len(outs), SCALAR, SCALAR))
     def write_sums(_, buffer, outs, matrix, column):
         matrix, column = matrix.registers.item(), column.registers.item()
-        with mgpu_utils.when(below(_thread(), SUM_COLUMNS)):
-            own = at(mgpu_utils.memref_ptr(buffer), mul(_thread(), 4))
+        with mgpu_utils.when(below(thread(), SUM_COLUMNS)):
+            own = at(mgpu_utils.memref_ptr(buffer), mul(thread(), 4))
             sums = [
                 llvm.load(f32(), at(own, row * SUM_COLUMNS * 4), alignment=4) for row in range(rows)
             ]
@@ -405,7 +406,7 @@ def write_sums(buffer, outs, matrix, column) -> None:
                 total = arith.truncf(dtype, total)
             base = _choose(matrix, [global_pointer(ref) for ref in outs])
             bytes_ = mgpu_utils.bitwidth(dtype) // 8
-            llvm.store(total, at(base, mul(add(column, _thread()), bytes_)), alignment=bytes_)
+            llvm.store(total, at(base, mul(add(column, thread()), bytes_)), alignment=bytes_)
 
     write_sums(buffer, tuple(outs), matrix, column)
 
@@ -422,7 +423,7 @@ def _entries_layout(plan: Plan) -> tuple[int, Any]:
 
 def _job(plan: Plan, turn: int) -> tuple[ir.Value, ir.Value]:
     """The pair of segments and the vector whose entries the thread forms in its turn."""
-    job = add(_thread(), turn * plan.threads)
+    job = add(thread(), turn * plan.threads)
     return div(job, plan.vectors), rem(job, plan.vectors)
 
 
@@ -431,13 +432,13 @@ def _note_largest(values: Sequence[ir.Value], maxima: ir.Value) -> None:
     # Magnitudes order as their bits do.
     bits = [arith.andi(arith.bitcast(i32(), value), c(0x7FFFFFFF)) for value in values]
     largest = _largest_of_warp(functools.reduce(arith.maxui, bits))
-    with mgpu_utils.when(below(_thread(WARP), 1)):
-        llvm.store(largest, at(mgpu_utils.memref_ptr(maxima), mul(div(_thread(), WARP), 4)))
+    with mgpu_utils.when(below(thread(WARP), 1)):
+        llvm.store(largest, at(mgpu_utils.memref_ptr(maxima), mul(div(thread(), WARP), 4)))
 
 
 def _unit(plan: Plan, maxima: ir.Value) -> tuple[ir.Value, ir.Value]:
     """What one of the largest integers stands for, from the maxima of all warps; its inverse."""
-    lane = smaller(_thread(WARP), plan.threads // WARP - 1)
+    lane = smaller(thread(WARP), plan.threads // WARP - 1)
     bits = llvm.load(i32(), at(mgpu_utils.memref_ptr(maxima), mul(lane, 4)), alignment=4)
     largest = arith.bitcast(f32(), _largest_of_warp(bits))
     largest = arith.maximumf(largest, mgpu_utils.c(SMALLEST, f32()))
@@ -486,12 +487,6 @@ def _choose(index: ir.Value, values: Sequence[ir.Value]) -> ir.Value:
         here = arith.cmpi(arith.CmpIPredicate.eq, index, c(i))
         chosen = arith.select(here, value, chosen)
     return chosen
-
-
-def _thread(modulus: int | None = None) -> ir.Value:
-    """Index of the CUDA thread in its block, or in its part of `modulus` threads."""
-    index = arith.index_cast(i32(), gpu.thread_id(gpu.Dimension.x))
-    return index if modulus is None else rem(index, modulus)
 
 
 def _fragment(register: ir.Value, layout: Any, is_signed: bool | None = None) -> Any:

@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from jaxcodec.pallas_kernels.lanes import add, at, div, f32, mul, rem, vec
+from jaxcodec.pallas_kernels.lanes import add, at, div, f32, mul, rem, thread, vec
 from jaxcodec.pallas_kernels.operands.layout import K_TILE, SCALE_EXPONENT, WARPGROUP
 from jaxcodec.pallas_kernels.operands.threads import (
     FRAGMENT,
@@ -33,7 +33,6 @@ from jaxcodec.pallas_kernels.operands.threads import (
     Lane,
     as_i32,
     pair_of_columns,
-    thread,
     with_registers,
 )
 from jaxcodec.pallas_kernels.wgmma.plan import STRIP
@@ -156,7 +155,7 @@ def put(total, ref) -> None:
 
     @plgpu.inline_mgpu(arg_types=(SUMS, plgpu.RefType()))
     def put(_, total, ref):
-        first = at(mgpu_utils.memref_ptr(ref), mul(rem(thread(), WARPGROUP), 4))
+        first = at(mgpu_utils.memref_ptr(ref), mul(thread(WARPGROUP), 4))
         for i, value in enumerate(total.registers.flat):
             llvm.store(vector.extract(value, [], [0]), at(first, i * WARPGROUP * 4))
 
@@ -170,7 +169,7 @@ def add_others(total, refs) -> jax.Array:
         arg_types=(SUMS, *[plgpu.RefType()] * len(refs)), return_type=_sums(total.shape[1])
     )
     def add_others(_, total, *refs):
-        lane = mul(rem(thread(), WARPGROUP), 4)
+        lane = mul(thread(WARPGROUP), 4)
         firsts = [at(mgpu_utils.memref_ptr(ref), lane) for ref in refs]
         sums = []
         for i, value in enumerate(total.registers.flat):
@@ -231,7 +230,7 @@ def _assemble(steps: Sequence[list]) -> mgpu.FragmentedArray:
 
 def _row() -> ir.Value:
     """The first of a lane's two neighbouring rows of the result among 8."""
-    return mul(rem(thread(), 4), 2)
+    return mul(thread(4), 2)
 
 
 def _fragment() -> plgpu.ShapeDtypeStruct:
