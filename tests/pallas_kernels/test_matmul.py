@@ -15,7 +15,8 @@ from jaxcodec.pallas_kernels import matmul as matmul_module
 from jaxcodec.pallas_kernels.matmul import KERNELS, choose, codebook_matmul, codebook_matmuls
 from jaxcodec.pallas_kernels.shapes import TINY
 from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
+from jaxcodec.tensor import CodebookTensor
+from tests.pallas_kernels.exact import draw, relative_error, weight
 
 ON_GPU = jax.default_backend() == "gpu"
 PLAIN = ("reference", "psumbook")
@@ -79,7 +80,8 @@ def assert_close(actual, wanted, dtype):
 
 
 CASES = [
-    (implementation, name, jnp.float32, 1 + i % 5)
+    # An interpreted kernel takes as much longer as there are rows.
+    (implementation, name, jnp.float32, 1 + i % (5 if implementation in PLAIN else 2))
     for implementation in EXACT
     for i, name in enumerate(TINY)
 ] + [
@@ -96,7 +98,7 @@ CASES = [
 @pytest.mark.parametrize(("implementation", "name", "dtype", "M"), CASES)
 def test_values_and_gradients(implementation, name, dtype, M):
     x, w = operands(name, dtype, M)
-    dy = jax.random.normal(jax.random.key(2), (M, w.shape[1]), dtype)
+    dy = draw((M, w.shape[1]), dtype)
 
     def run(x, w, dy):
         y, pull_back = jax.vjp(lambda x, w: matmul(x, w, implementation), x, w)
@@ -108,13 +110,14 @@ def test_values_and_gradients(implementation, name, dtype, M):
         assert_close(actual, wanted, dtype)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("name", ["tiny_m1v4", "tiny_m2v8"])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("tiny_m1v4", jnp.bfloat16), ("tiny_m2v8", jnp.float16)]
+)
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_kernels_of_16_bit_rows_round_less_than_the_rows(implementation, name, dtype):
     M = ROWS[implementation]
     x, w = operands(name, dtype, M)
-    dy = jax.random.normal(jax.random.key(2), (M, w.shape[1]), jnp.float32)
+    dy = draw((M, w.shape[1]))
 
     def run(x, w, dy):
         multiply = lambda x, w: matmul(x, w, implementation, jnp.float32)
@@ -125,15 +128,11 @@ def test_kernels_of_16_bit_rows_round_less_than_the_rows(implementation, name, d
     y, *gradients = jax.jit(run)(x, w, dy)
     exact, *exact_gradients = expected(x, w, dy)
     assert y.dtype == jnp.float32
-    assert relative(y, exact) <= 1e-3
+    assert relative_error(y, exact) <= 1e-3
     # Backwards the weight is rounded to the dtype of x, and so is the result.
     for actual, wanted in zip(gradients, exact_gradients, strict=True):
         assert actual.dtype == dtype
-        assert relative(actual, wanted) <= 2 * float(jnp.finfo(dtype).eps)
-
-
-def relative(actual, wanted):
-    return np.linalg.norm(np.asarray(actual, np.float64) - wanted) / np.linalg.norm(wanted)
+        assert relative_error(actual, wanted) <= 2 * float(jnp.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("implementation", [None, "mma_mosaic"])
@@ -152,9 +151,9 @@ def test_weights_that_share_x(implementation):
             interpret=not ON_GPU,
         )
     )(x, [w, half, coarse])
-    for y, weight, b in zip(ys, (w, half, coarse), (0, bias, 0), strict=True):
-        wanted = expected(x, weight, np.zeros((3, weight.shape[1])))[0]
-        assert relative(np.asarray(y) - np.asarray(b, np.float32), wanted) <= 1e-3
+    for y, own, b in zip(ys, (w, half, coarse), (0, bias, 0), strict=True):
+        wanted = expected(x, own, np.zeros((3, own.shape[1])))[0]
+        assert relative_error(np.asarray(y) - np.asarray(b, np.float32), wanted) <= 1e-3
 
 
 @pytest.mark.parametrize("implementation", PLAIN)
@@ -222,9 +221,7 @@ def test_a_bias_is_added_before_rounding_and_has_a_gradient():
 
 
 def test_wide_codes_have_a_psumbook_too():
-    K, N = 32, 48
-    w = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse("m1v8b16g32"), K, N)
-    x = jax.random.normal(jax.random.key(1), (3, K), jnp.float32)
+    x, w = draw((3, 32)), weight("m1v8b16g32", 32, 48)
     np.testing.assert_allclose(
         matmul(x, w, "psumbook"), matmul(x, w, "reference"), rtol=1e-5, atol=1e-6
     )
