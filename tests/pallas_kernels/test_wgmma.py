@@ -80,12 +80,13 @@ def test_every_kind_of_tile(text, M, K, N, tiles):
 
 
 def test_a_block_walks_several_tiles(monkeypatch):
-    monkeypatch.setattr(plan, "SMS", 2)  # for 2 tiles along M and 3 along N
-    x, w = operands("m2v8g128", 66, 128, 264)
+    monkeypatch.setattr(plan, "SMS", 2)  # for 2 tiles along M, 2 along one N and 1 along the other
+    x, first = operands("m2v8g128", 66, 128, 200)
+    _, second = operands("m2v8g128", 66, 128, 64, seed=5)
     # Not `matmul`, which may have this shape compiled for another grid.
     call = functools.partial(wgmma.matmul, tiles=SMALL, interpret=INTERPRET)
-    [y] = jax.jit(call)(x, [w])
-    assert relative_error(y, product(x, w)) < TOLERANCE
+    for y, w in zip(jax.jit(call)(x, [first, second]), [first, second], strict=True):
+        assert relative_error(y, product(x, w)) < TOLERANCE
     if INTERPRET:
         assert not get_races().races_found
 
