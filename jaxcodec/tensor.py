@@ -171,6 +171,7 @@ def _sum_sorted(codes: jax.Array, vectors: jax.Array, *, size: int) -> jax.Array
     return jnp.diff(at_ends, axis=0, prepend=0)
 
 
+@functools.partial(jax.jit, static_argnames=("spec", "K", "N", "dtype"))
 def random_codebook_tensor(
     key: jax.Array, spec: CodebookSpec, K: int, N: int, dtype: jnp.dtype = jnp.bfloat16
 ) -> CodebookTensor:

@@ -10,7 +10,7 @@ import pytest
 # thread that its callbacks wait for.
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 
-# Tracing makes many objects that stay; to look for garbage among them took a tenth of the time.
+# Tracing makes many objects that stay; to look for garbage among them took 8 % of the time.
 gc.set_threshold(100_000)
 
 # Tokenizers and configs come from the test's own files; a hub look-up is a mistake.

@@ -3,7 +3,6 @@
 import json
 import sys
 
-import jax
 import pytest
 
 from benchmarks import engine
@@ -18,11 +17,7 @@ def records(tmp_path_factory) -> dict[str, dict]:
     """Of both modes, by mode."""
     out = tmp_path_factory.mktemp("engine")
     options = Options(out=out, specs=(DENSE,), **SMALL)
-    # These tests compile more than they compute.
-    jax.config.update("jax_disable_most_optimizations", True)
-    made = {mode: [*engine.measure(options, DENSE, mode, 3)][-1] for mode in engine.MODES}
-    jax.config.update("jax_disable_most_optimizations", False)
-    return made
+    return {mode: [*engine.measure(options, DENSE, mode, 3)][-1] for mode in engine.MODES}
 
 
 def test_private_caches_read_again_what_a_shared_one_has(records) -> None:

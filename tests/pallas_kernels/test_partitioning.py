@@ -7,9 +7,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcodec.pallas_kernels import partitioning
 from jaxcodec.pallas_kernels.matmul import codebook_matmuls
-from jaxcodec.pallas_kernels.reference import reference
-from jaxcodec.spec import CodebookSpec
-from jaxcodec.tensor import CodebookTensor, dequantize, random_codebook_tensor
+from jaxcodec.tensor import CodebookTensor, dequantize
+from tests.pallas_kernels.exact import draw, product, weight
 
 needs_four = pytest.mark.skipif(jax.device_count() < 4, reason="a mesh of 2 x 2 devices")
 K, NS = 512, (256, 128)
@@ -35,15 +34,14 @@ def split(mesh, w, axis):
 @pytest.mark.parametrize("text", ["m2v8g128", "m2v8g32", "m2v8g8", "m1v4g512"])
 def test_split_equals_whole(text, axis):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    spec = CodebookSpec.parse(text)
-    whole = [random_codebook_tensor(jax.random.key(N), spec, K, N, "float32") for N in NS]
+    whole = [weight(text, K, N, np.float32, seed=N) for N in NS]
     weights = [split(mesh, w, axis) for w in whole]
-    x = jax.random.normal(jax.random.key(1), (4, K))
+    x = draw((4, K))
     x_split = place(mesh, x, "data", "model" if axis == "K" else None)
     multiply = jax.jit(codebook_matmuls)
     ys = multiply(x_split, weights)
     for y, w in zip(ys, whole, strict=True):
-        np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(y, product(x, w), rtol=1e-5, atol=5e-6)
         assert y.sharding.spec[0] == "data"
     compiled = multiply.lower(x_split, weights).compile().as_text() or ""
     assert "all-gather" not in compiled
@@ -55,12 +53,12 @@ def test_split_equals_whole(text, axis):
 @pytest.mark.parametrize("text", ["m2v8g128", "m2v8g8", "m1v4g512"])
 def test_a_weight_is_written_where_its_codes_are(text, axis):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    whole = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse(text), K, 256)
+    whole = weight(text, K, 256)
     write = jax.jit(partitioning.partitioned_weight(dequantize))
     w = split(mesh, whole, axis)
-    weight = write(w)
-    np.testing.assert_array_equal(weight, dequantize(whole))
-    assert weight.sharding.spec[0 if axis == "K" else 1] in ("model", ("model",))
+    written = write(w)
+    np.testing.assert_array_equal(written, jax.jit(dequantize)(whole))
+    assert written.sharding.spec[0 if axis == "K" else 1] in ("model", ("model",))
     assert "all-gather" not in (write.lower(w).compile().as_text() or "")
 
 
@@ -79,13 +77,12 @@ def test_a_weight_is_written_where_its_codes_are(text, axis):
 )
 def test_an_axis_cuts_one_dimension(rows, k, axis):
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    spec = CodebookSpec.parse("m2v8g128")
-    whole = [random_codebook_tensor(jax.random.key(N), spec, K, N, "float32") for N in NS]
+    whole = [weight("m2v8g128", K, N, np.float32, seed=N) for N in NS]
     weights = [split(mesh, w, axis) for w in whole]
-    x = jax.random.normal(jax.random.key(1), (8, K))
+    x = draw((8, K))
     ys = jax.jit(codebook_matmuls)(place(mesh, x, rows, k), weights)
     for y, w in zip(ys, whole, strict=True):
-        np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
+        np.testing.assert_allclose(y, product(x, w), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +103,8 @@ def test_axes_that_are_left(axes, taken, left):
 @needs_four
 def test_groups_that_the_devices_do_not_divide_are_gathered():
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
-    w = random_codebook_tensor(jax.random.key(0), CodebookSpec.parse("m1v2g48"), 96, 64, "float32")
-    x = jax.random.normal(jax.random.key(1), (3, 96))
+    w = weight("m1v2g48", 96, 64, np.float32)
+    x = draw((3, 96))
     split_x = place(mesh, x, None, "model")
     (y,) = jax.jit(lambda x, w: codebook_matmuls(x, [w]))(split_x, w)
-    np.testing.assert_allclose(y, reference(x, w), rtol=1e-5, atol=5e-6)
+    np.testing.assert_allclose(y, product(x, w), rtol=1e-5, atol=5e-6)

@@ -24,6 +24,8 @@ WAYS = (
     {"repetition_penalty": 1.2, "max_tokens": 12},
     {"max_tokens": 14, "ignore_eos": True, "stop": ("e", "a", "0", " ")},
 )
+# An engine that has to push out, to evict and to reload.
+TIGHT = {"pages": 20, "host_pages": 10, "decode_steps": 2}
 # Every place where an interrupt may come: before or after it has done its work.
 PLACES = (
     (Runner, "run"),
@@ -111,13 +113,12 @@ def undisturbed(make_engine) -> list[tuple]:
     """What `some_requests` get when nothing is raised."""
     from tests.serve.conftest import ByteTokenizer
 
-    return said(run(make_engine(tokenizer=ByteTokenizer()), some_requests()))
+    return said(run(make_engine(**TIGHT, tokenizer=ByteTokenizer()), some_requests()))
 
 
 @pytest.fixture
 def tight(make_engine, tokenizer) -> Engine:
-    """An engine that has to push out, to evict and to reload."""
-    return make_engine(pages=20, host_pages=10, decode_steps=2, tokenizer=tokenizer)
+    return make_engine(**TIGHT, tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

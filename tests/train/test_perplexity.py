@@ -24,14 +24,6 @@ ROWS = 20  # of the plain forward
 TOKENS = np.random.default_rng(0).integers(1, 128, 61)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Programs compiled without most optimizations: these tests compile more than they compute."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def changed(model: Model, change) -> Model:
     """The same with `change` done to every array, by numpy, which need not compile it."""
     return jax.tree.map(lambda x: jnp.asarray(change(np.asarray(x)).astype(x.dtype)), model)
