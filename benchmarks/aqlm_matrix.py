@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import importlib
 import os
-import platform
 import random
 import sys
 import time
@@ -31,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.quantize.additive import AdditiveOptions, quantize_additive
 from jaxcodec.spec import CodebookSpec
@@ -174,10 +174,10 @@ def measure(options: Options, name: str) -> list[Row]:
     K, N = options.size
     spec = CodebookSpec.parse(f"{name}g{K}")
     W, H = matrix(K, N, options.seed)
-    head = {"spec": str(spec), "K": K, "N": N}
-    rows = [head | ours(W, H, spec, options)]
+    what = {"spec": str(spec), "K": K, "N": N}
+    rows = [what | ours(W, H, spec, options)]
     if options.aqlm is not None:
-        rows.append(head | reference(options.aqlm, W, H, spec, options))
+        rows.append(what | reference(options.aqlm, W, H, spec, options))
     return rows
 
 
@@ -237,9 +237,7 @@ def main() -> None:
     """Run the command line; the file is written after every format."""
     options = tyro.cli(Options, prog="python -m benchmarks.aqlm_matrix")
     content: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "command": "python -m benchmarks.aqlm_matrix",
+        **head("aqlm_matrix"),
         "options": {
             k: str(v) for k, v in dataclasses.asdict(options).items() if k not in ("out", "aqlm")
         },

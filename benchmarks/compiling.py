@@ -22,13 +22,11 @@ from benchmarks.cases import (
     make_weights,
     multiplication,
 )
-from jaxcodec.pallas_kernels.timing import turn
+from jaxcodec.pallas_kernels.timing import UNTUNED, turn
 
 # More gain little: a process compiles one Mosaic kernel at a time.
 WORKERS = 6
 PRODUCTS_OF_XLA = ("dense_bf16", "dequantize", "reference")
-# Compiler options of what is never timed: XLA then runs no candidates to choose among.
-UNTUNED = {"xla_gpu_autotune_level": 0}
 
 
 class Compiler:

@@ -20,11 +20,8 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import platform
 import random
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +31,7 @@ import jax
 import tyro
 
 from benchmarks.decode_step import LLAMA_8B, SPEC, random_model
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
@@ -257,9 +255,7 @@ def main() -> None:
     start = time.perf_counter()
     options = tyro.cli(Options, prog="python -m benchmarks.engine")
     content: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "benchmarks.engine", *sys.argv[1:]]),
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        **head("engine"),
         "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
         "records": [],
         "left_out": [],

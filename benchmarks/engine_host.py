@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
@@ -166,9 +167,7 @@ def main() -> None:
     options = tyro.cli(Options, prog="python -m benchmarks.engine_host")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     content: dict[str, Any] = {
-        "command": f"python -m benchmarks.engine_host --out {options.out}",
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **head("engine_host"),
         "records": [],
     }
     for decode_steps in DECODE_STEPS:

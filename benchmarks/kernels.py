@@ -19,15 +19,10 @@ Letters: M rows, K input and N output features.
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import pathlib
-import platform
 import re
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -35,7 +30,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import backend
 
 from benchmarks import decode_step, plan, rivals
 from benchmarks.cases import (
@@ -48,6 +42,7 @@ from benchmarks.cases import (
     relative,
 )
 from benchmarks.compiling import Compiler, timed
+from benchmarks.head import head
 from benchmarks.tables import report
 from jaxcodec.checkpoints.files import replacement
 from jaxcodec.pallas_kernels.timing import kernel_time, turn
@@ -168,25 +163,6 @@ def read_bandwidth() -> float:
     return 1e6 * BANDWIDTH_BYTES / us
 
 
-def head() -> dict[str, Any]:
-    """What the numbers were measured with."""
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    versions["backend"] = backend.get_backend().platform_version
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    return {
-        "device": jax.devices()[0].device_kind,
-        "versions": versions,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "commit": commit,
-        "command": shlex.join(["python", "-m", "benchmarks.kernels", *sys.argv[1:]]),
-        "hbm_bytes_per_second": round(read_bandwidth()),
-    }
-
-
 class Results:
     """The head and the rows measured so far, in a JSON file to which several processes may add.
 
@@ -265,7 +241,7 @@ def main() -> None:
     """Measure everything, write the rows as they come, and print the tables."""
     start, options = time.perf_counter(), arguments()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are told
-    about = head()
+    about = head("kernels") | {"hbm_bytes_per_second": round(read_bandwidth())}
     device = re.search(r"[A-Z]+\d+\w*", about["device"])
     folder = (device.group() if device else about["device"]).lower()
     default = pathlib.Path(__file__).parent / "results" / folder / "kernels.json"

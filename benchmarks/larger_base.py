@@ -27,6 +27,7 @@ import numpy as np
 import tyro
 
 from benchmarks import base_text
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.demo.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from jaxcodec.models.config import ModelConfig
@@ -110,10 +111,8 @@ def make(options: Options) -> dict[str, Any]:
         shutil.copyfile(text / name, work / name)
     log = [json.loads(line) for line in (work / "run" / LOG).read_text().splitlines()]
     facts = {
-        "command": "python -m benchmarks.larger_base",
+        **head("larger_base"),
         "options": {k: str(v) for k, v in dataclasses.asdict(options).items() if k != "work"},
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
         "parameters": sum(x.size for x in jax.tree.leaves(model.weights)),
         "train_tokens": len(tokens),
         "heldout_tokens": len(held_out),

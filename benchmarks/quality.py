@@ -21,7 +21,6 @@ dtype, so that one program serves all formats.
 """
 
 import dataclasses
-import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -35,6 +34,7 @@ import tyro
 from flax import nnx
 
 from benchmarks import base_text
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.load import load_model
 from jaxcodec.models.tokenizer import PretrainedTokenizer
@@ -289,9 +289,7 @@ def main() -> None:
     """Run the command line; the file is written after every row."""
     options = tyro.cli(Options, prog="python -m benchmarks.quality")
     content: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "command": "python -m benchmarks.quality",
+        **head("quality"),
         "options": {
             k: str(v) for k, v in dataclasses.asdict(options).items() if k not in ("out", "specs")
         },

@@ -8,7 +8,6 @@ several.
 """
 
 import dataclasses
-import platform
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 import tyro
 
 from benchmarks.decode_step import LLAMA_8B
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.models.sharding import make_mesh
 from jaxcodec.models.transformer import init_model
@@ -103,10 +103,8 @@ def main() -> None:
     """Run the command line; the file is written after every record."""
     options = tyro.cli(Options, prog="python -m benchmarks.quantization")
     content: dict[str, Any] = {
-        "device": jax.devices()[0].device_kind,
+        **head("quantization"),
         "devices": jax.device_count(),
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "command": "python -m benchmarks.quantization",
         "options": {k: str(v) for k, v in dataclasses.asdict(options).items() if k != "out"},
         "records": [],
     }

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
 from jaxcodec.serve.request import SamplingParams, Structure
 from jaxcodec.serve.sampling import (
@@ -100,9 +101,7 @@ def main() -> None:
     """Run the command line."""
     options = tyro.cli(Options, prog="python -m benchmarks.sampling")
     content = {
-        "command": f"python -m benchmarks.sampling --out {options.out}",
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
+        **head("sampling"),
         "records": [measure(B, V) for B, V in SHAPES],
     }
     write_json(options.out, content)

@@ -11,6 +11,9 @@ from typing import Any
 from jax.experimental.mosaic.gpu import profiler
 
 RUNS = 5  # of which the median is told
+# Compiler options of what is never timed: XLA then runs no candidates of its own on the GPU, which
+# another process may be measuring.
+UNTUNED = {"xla_gpu_autotune_level": 0}
 TURN = pathlib.Path(tempfile.gettempdir()) / "jaxcodec_gpu.lock"
 
 

@@ -26,7 +26,7 @@ from jaxcodec.pallas_kernels import tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.pallas_kernels.reference import reference
 from jaxcodec.pallas_kernels.shapes import LLAMA_8B, LLAMA_8B_TOGETHER
-from jaxcodec.pallas_kernels.timing import kernel_time, turn
+from jaxcodec.pallas_kernels.timing import UNTUNED, kernel_time, turn
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, random_codebook_tensor
 
@@ -170,6 +170,7 @@ class Programs:
     """What tuning one shape runs, being compiled by the threads of a pool.
 
     All of it is: a process that compiles while it holds the GPU keeps the others from measuring.
+    Nothing is run on the GPU before it is this process's turn.
 
     Args:
       pool: of the threads.
@@ -179,17 +180,18 @@ class Programs:
     def __init__(self, pool: Executor, tasks: Sequence[Task]):
         shape, rows = tasks[0].shape, [task.M for task in tasks]
         make = functools.partial(make_operands, shape=shape, rows=rows)
-        self._keys = list(jax.random.split(jax.random.key(0), copies(shape)))
-        xs, weights = jax.eval_shape(make, self._keys[0])
+        self._copies = copies(shape)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        xs, weights = jax.eval_shape(make, key)
         x = xs[max(rows)]
-        self._make = pool.submit(compiled, make, (self._keys[0],))
-        self._multiply = pool.submit(compiled, references, (x, weights))
+        self._make = pool.submit(compiled, make, (key,), UNTUNED)
+        self._multiply = pool.submit(compiled, references, (x, weights), UNTUNED)
         results = jax.eval_shape(references, x, weights)
         self._candidates: dict[Task, Candidates] = {}
         self._judges = {}
         for task in tasks:
             outs = [jax.ShapeDtypeStruct((task.M, N), x.dtype) for N in task.Ns]
-            self._judges[task] = pool.submit(compiled, worst_error, (outs, results))
+            self._judges[task] = pool.submit(compiled, worst_error, (outs, results), UNTUNED)
             operands = xs[task.M], weights
             self._candidates[task] = {
                 key: pool.submit(compiled, call, operands) for key, call in calls(task).items()
@@ -203,7 +205,7 @@ class Programs:
     def operands(self) -> list[tuple[dict[int, jax.Array], list[CodebookTensor]]]:
         """Copies of (x by M, weights), on the device."""
         make = self._make.result()
-        return [make(key) for key in self._keys]
+        return [make(jax.random.key(i)) for i in range(self._copies)]
 
     @functools.cached_property
     def wanted(self) -> list[jax.Array]:
@@ -213,12 +215,16 @@ class Programs:
 
     def measure(self, task: Task) -> Iterator[tuning.Entry | str]:
         """An entry for each candidate that is right, a sentence for each that is not."""
-        judge = self._judges[task].result()
+        try:
+            judge, wanted = self._judges[task].result(), self.wanted
+        except Exception as error:  # no memory for these operands; other shapes go on
+            yield f"{task}: {type(error).__name__}: {str(error)[:200]}"
+            return
         operands = [(xs[task.M], weights) for xs, weights in self.operands]
         for (name, tiles), future in self._candidates[task].items():
             try:
                 program = future.result()
-                error = float(judge(program(*operands[0]), self.wanted))
+                error = float(judge(program(*operands[0]), wanted))
                 if not error <= MAX_ERROR:  # NaN included
                     raise ArithmeticError(f"relative error {error:.1e}")
                 runs = [functools.partial(program, *each) for each in operands]
@@ -243,9 +249,11 @@ def worst_error(results: Sequence[jax.Array], wanted: Sequence[jax.Array]) -> ja
     return jnp.stack([norm(y - right) / norm(right) for y, right in pairs]).max()
 
 
-def compiled(call: Callable[..., Any], operands: tuple) -> jax.stages.Compiled:
+def compiled(
+    call: Callable[..., Any], operands: tuple, options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """The program of a call for operands of these shapes."""
-    return jax.jit(call).lower(*operands).compile()
+    return jax.jit(call).lower(*operands).compile(compiler_options=options)
 
 
 def tune(options: Options) -> Path:
@@ -293,7 +301,8 @@ def _entries(path: Path) -> list[tuning.Entry]:
 def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry | str]]]:
     """Measure shape after shape, while the candidates of the next are compiled."""
     shapes = [list(group) for _, group in itertools.groupby(missing, lambda task: task.shape)]
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         following = Programs(pool, shapes[0]) if shapes else None
         for i, group in enumerate(shapes):
             programs = following
@@ -304,6 +313,8 @@ def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry
                 with turn():
                     outcomes = list(programs.measure(task))
                 yield task, outcomes
+    finally:  # a run that is stopped waits for no compilation that has not begun
+        pool.shutdown(cancel_futures=True)
 
 
 def main() -> None:

@@ -23,11 +23,11 @@ from jaxcodec.checkpoints.files import read_json, replacement
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.spec import CodebookSpec
 
-# Rows up to which the kernels won on H100 and H200 where nothing else is known; see the figure of
-# time against rows in docs/kernels.md.
+# Rows up to which the kernels won where nothing else is known; see the figures of time against rows
+# in docs/kernels.md. All numbers here are of an H200, benchmarks/results/h200/tuner.json.
 GATHER_ROWS = 1
 MMA_ROWS = 16
-# Weights K x N up to which mma won on the H200 besides. One row, one codebook: it takes 5.1 us and
+# Weights K x N up to which mma won besides. One row, one codebook: it takes 5.1 us and
 # the gather 5.3 at 4096x4096, 10.9 and 10.4 at 8192x8192.
 SMALL_WEIGHT = 2**24
 # 17 to 32 rows: it takes 19.6 us and wgmma 19.8 at 8192x8192 with one codebook; with more, 10.6 and
@@ -100,8 +100,9 @@ def preferences(
     weight, one = K * sum(Ns), spec.num_codebooks == 1
     if M <= GATHER_ROWS:
         # The gather cuts all weights of a launch alike, too wide for the narrow ones: q, k and v of
-        # 70B take 21.6 us so, and 14.2 by mma.
-        if len(set(Ns)) > 1 or (one and weight <= SMALL_WEIGHT):
+        # 70B take 21.6 us so and 14.2 by mma, with two codebooks 22.7 and 22.2.
+        unlike = len(set(Ns)) > 1 and spec.num_codebooks <= 2
+        if unlike or (one and weight <= SMALL_WEIGHT):
             return ("mma_mosaic", "psumbook_mosaic", "wgmma_mosaic")
         return ("psumbook_mosaic", "mma_mosaic", "wgmma_mosaic")
     if M <= MMA_ROWS or (M <= 2 * MMA_ROWS and weight <= (MEDIUM_WEIGHT if one else SMALL_WEIGHT)):

@@ -160,22 +160,22 @@ def refine(
     spec, dtype = w.spec, w.dtype
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
-    unit = _energy(W, H)
+    energy = _compiled_energy(W, H)
     last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
         nonlocal last
         error = float(
-            _objective(W, H, CodebookTensor(codes, books, scales))
+            _compiled_objective(W, H, CodebookTensor(codes, books, scales))
         )  # waits for the device
         before, last = last, time.perf_counter()
-        return Stage(name, error / float(unit) if error > 0 else 0.0, last - before)
+        return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
 
     stages = [stage("kmeans")]
     for i in range(options.rounds):
         before = stages[-1].error
         books, scales = fit_floats(
-            W, H, unit, codes, books, scales, options.steps, options.learning_rate
+            W, H, energy, codes, books, scales, options.steps, options.learning_rate
         )
         stages.append(stage("adam"))
         codes = _search(W, H, codes, books, scales, jax.random.fold_in(key, i), spec, options.beam)
@@ -194,16 +194,17 @@ def refine(
 
 def objective(W: jax.Array, H: jax.Array, w: CodebookTensor) -> jax.Array:
     """f32 [], tr(dW^T H dW) with dW = W - dequantize(w)."""
-    return energy(W.astype(jnp.float32) - dequantize(w, jnp.float32), H)
+    return _energy(W.astype(jnp.float32) - dequantize(w, jnp.float32), H)
 
 
-def energy(W: jax.Array, H: jax.Array) -> jax.Array:
+def _energy(W: jax.Array, H: jax.Array) -> jax.Array:
     """f32 [], tr(W^T H W)."""
     return jnp.sum(W * jnp.dot(H, W, precision=PRECISION))
 
 
-_objective, _energy = (
-    jax.jit(function, compiler_options=COMPILER_OPTIONS) for function in (objective, energy)
+# Compiler options belong to an outermost jit, and `objective` may be within another.
+_compiled_objective, _compiled_energy = (
+    jax.jit(function, compiler_options=COMPILER_OPTIONS) for function in (objective, _energy)
 )
 
 

@@ -112,8 +112,9 @@ def adds_codebooks(rows: int, K: int, N: int, spec: CodebookSpec) -> bool:
     nothing is rounded. From 16 rows on products take time of their own, and bringing x into float16
     takes about 3 us whatever the size. On an H200, m2v8g128, us added against each by itself: 16
     rows 20.8 and 17.9 at 14336x4096, 21.3 and 19.7 at 8192x8192, 56.8 and 68.3 at 8192x28672; 32
-    rows 12.8 and 10.4 at 4096x4096, 25.2 and 30.3 at 4096x14336. m3v8g128 changes sides at half as
-    many rows x weights.
+    rows 12.8 and 10.4 at 4096x4096, 25.2 and 30.3 at 4096x14336. With three codebooks, which cost
+    twice the further products, adding begins to pay at half as many rows x K x N.
+    (benchmarks/results/h200/mma_adds.json)
     """
     if spec.group_size % K_TILE:
         return True
@@ -184,8 +185,8 @@ def scale_columns(tiles: Tiling) -> int:
 def _cost(tiles: Tiling, K: int, Ns: Sequence[int], spec: CodebookSpec) -> float:
     """About the cycles of the slowest multiprocessor, to sort tilings by.
 
-    What it puts first took 1.017 times as long as the best of six, in the mean of 134 launches of 1
-    to 32 rows on an H200, and 1.12 times at worst.
+    Fitted to the times of benchmarks/results/h200/tuner.json: what it puts first takes 1.017 times
+    as long as the best of six in the mean of 134 launches of 1 to 32 rows, 1.12 times at worst.
     """
     waves = pl.cdiv(sum(pl.cdiv(N, tiles.columns) for N in Ns), SMS)
     steps = pl.cdiv(K, tiles.step)

@@ -315,7 +315,7 @@ def _tiling(N: int, across: int, columns: int, words: int, books: int) -> Tiling
         columns //= 2
     chunks = min(pl.cdiv(width, warpgroups * WARPGROUP * columns), MOST_CHUNKS)
     held = max(HELD_REGISTERS // (columns * words * books + columns // 2), 1)
-    # On an H200 two chunks ahead took 0.8 to 1.03 of the time of four and five where there are 4
-    # chunks or more; of 3 chunks all ahead took 0.87 of the time of one.
+    # On an H200 (benchmarks/results/h200/tuner.json): with 4 chunks or more, two ahead took 0.81 to
+    # 1.05 of the time of four; with 3 chunks, three ahead 0.87 of the time of one.
     ahead = min(chunks if chunks <= 3 else 2, held)
     return Tiling(warpgroups, columns, chunks, words, books, ahead)

@@ -222,7 +222,7 @@ def faked(monkeypatch, us):
             for name in KERNELS
         }
 
-    monkeypatch.setattr(tune, "compiled", lambda call, operands: call)
+    monkeypatch.setattr(tune, "compiled", lambda call, operands, options=None: call)
     monkeypatch.setattr(tune, "kernel_time", kernel_time)
     monkeypatch.setattr(tune, "calls", calls)
     monkeypatch.setattr(tune.jax, "devices", lambda: [Device])

@@ -149,6 +149,18 @@ def test_codes_are_as_far_apart_as_their_nearest_neighbours(text, key):
     np.testing.assert_allclose(code_spacing(w), wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e-25, 1.0])
+def test_codebooks_that_say_nothing_do_not_count(key, factor):
+    w = random_codebook_tensor(key, CodebookSpec.parse("m2v8b8g64"), 64, 48, jnp.float32)
+    first = w.codebooks[0] * factor
+    alone = code_spacing(dataclasses.replace(w, codes=w.codes[:1], codebooks=first[None]))
+    twice = jnp.concatenate([first[:128], first[:128]])  # each vector stands there two times
+    both = dataclasses.replace(w, codebooks=jnp.stack([first, jnp.zeros_like(first)]))
+    np.testing.assert_allclose(code_spacing(both), alone, rtol=1e-5)
+    assert code_spacing(dataclasses.replace(w, codes=w.codes[:1], codebooks=twice[None])) > 0.1
+    assert code_spacing(dataclasses.replace(w, codebooks=jnp.zeros_like(w.codebooks))) == 0
+
+
 def test_a_buffer_steps_by_its_share_of_the_spacing(pv_run, tuned):
     start, (state, _) = pv_run.start(), tuned[0]
     rate = OPTIONS.code_learning_rate * float(make_schedule(1.0, 5, STEPS)(0))
