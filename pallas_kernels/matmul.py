@@ -38,6 +38,7 @@ PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "dequantize": dequantized,
     "psumbook": psumbook,
 }
+LAUNCH_US = 1.0  # between two launches, which tables do not count
 MOST_TOGETHER = 16  # weights of a launch, whose plans are made for a handful
 IMPLEMENTATIONS = (*KERNELS, *PLAIN)
 HOPPER = 9.0  # compute capability; wgmma, and the memory that tiles are cut for, are its alone
@@ -157,6 +158,15 @@ def choose(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: jnp.dty
     return "dequantize" if on_gpu and dtype.itemsize == 2 else "reference"
 
 
+def faster_apart(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec) -> bool:
+    """Whether a launch for each of several weights was measured to be faster than one for all."""
+    together = _entry(M, K, Ns, spec)
+    apart = [_entry(M, K, [N], spec) for N in Ns]
+    if len(Ns) == 1 or together is None or not all(apart):
+        return False
+    return sum(entry.us + LAUNCH_US for entry in apart if entry) < together.us + LAUNCH_US
+
+
 def _alike(weights: Weights) -> list[list[int]]:
     """Indices of weights that one launch can serve, in order of first appearance."""
     groups: dict[Any, list[int]] = {}
@@ -213,6 +223,8 @@ def _multiply(
 ) -> Sequence[jax.Array]:
     """What one device does: choose an implementation, or refuse the named one, and run it."""
     (M, K), Ns, spec = x.shape, [w.shape[1] for w in weights], weights[0].spec
+    if implementation is None and faster_apart(M, K, Ns, spec):
+        return [_multiply(None, interpret, x, (w,), dtype)[0] for w in weights]
     name = implementation or choose(M, K, Ns, spec, x.dtype)
     if name in PLAIN:
         return [PLAIN[name](x, w).astype(dtype) for w in weights]

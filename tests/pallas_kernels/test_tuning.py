@@ -4,13 +4,17 @@ import dataclasses
 import json
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from jaxcodec.pallas_kernels import tune, tuning
+from jaxcodec.pallas_kernels import matmul, tune, tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
 from jaxcodec.spec import CodebookSpec
+from jaxcodec.tensor import random_codebook_tensor
 
+KEY = jax.random.key(0)
 SPEC = CodebookSpec.parse("m2v8g128")
 TILES = {"rows": 16, "columns": 32, "width": 16, "parts": 4, "stages": 4}
 ENTRY = tuning.Entry("m2v8g128", 4096, (4096,), 4, "mma_mosaic", TILES, 6.5)
@@ -305,6 +309,20 @@ def test_tuning_needs_a_gpu():
     if tune.jax.default_backend() != "gpu":
         with pytest.raises(RuntimeError, match="cpu"):
             tune.tune(options)
+
+
+@pytest.mark.parametrize(("together", "apart"), [(12.9, False), (13.1, True), (None, False)])
+def test_weights_go_apart_where_that_was_faster(user_directory, together, apart):
+    entries = [dataclasses.replace(ENTRY, K=256, N=(N,), us=6.0) for N in (64, 128)]
+    if together is not None:
+        entries.append(dataclasses.replace(ENTRY, K=256, N=(64, 128), us=together))
+    kind = jax.devices()[0].device_kind
+    tuning.write(user_directory / tuning.file_name(kind), {"device": kind}, entries)
+    assert matmul.faster_apart(4, 256, [64, 128], SPEC) == apart
+    assert not matmul.faster_apart(4, 256, [64], SPEC)
+    x, weights = jnp.ones((4, 256)), [random_codebook_tensor(KEY, SPEC, 256, N) for N in (64, 128)]
+    for y, w in zip(matmul.codebook_matmuls(x, weights), weights, strict=True):
+        np.testing.assert_allclose(y, matmul.codebook_matmul(x, w), rtol=1e-6)
 
 
 def test_preferences_without_a_measurement():
