@@ -15,6 +15,7 @@ Source: AQLM (arXiv 2401.06118) section 3; the scales of CodeGEMM (arXiv 2512.17
 
 import dataclasses
 import functools
+import math
 import time
 
 import jax
@@ -156,16 +157,23 @@ def refine(
 
     Returns:
       (the tensor in the dtype of `w`, its stages; the first is the start).
+
+    Raises:
+      ValueError: an objective that is NaN or infinite, with the stage it was found after.
     """
     spec, dtype = w.spec, w.dtype
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
     energy = _energy(W, H)
+    if not math.isfinite(float(energy)):
+        raise ValueError(_beyond_float32("tr(W^T H W)", float(energy)))
     last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
         nonlocal last
         error = float(objective(W, H, CodebookTensor(codes, books, scales)))  # waits for the device
+        if not math.isfinite(error):
+            raise ValueError(_beyond_float32(f"tr(dW^T H dW) after {name}", error))
         before, last = last, time.perf_counter()
         return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
 
@@ -304,6 +312,13 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
 def _energy(W: jax.Array, H: jax.Array) -> jax.Array:
     """tr(W^T H W)."""
     return jnp.sum(W * jnp.dot(H, W, precision=PRECISION))
+
+
+def _beyond_float32(what: str, value: float) -> str:
+    return (
+        f"{what} is {value}: weights or inputs are too large for products in float32; check the "
+        "model and the calibration data."
+    )
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
