@@ -6,6 +6,7 @@ checkpoints/N   state after step N and position in the data, written by orbax
 
 import hashlib
 import os
+import reprlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +20,8 @@ from jaxcodec.train.step import TrainState
 
 MANIFEST = "run.json"
 CHECKPOINTS = "checkpoints"
+MOST_NAMED = 8  # differences of two runs: a sentence, not a page
+_SHORT = reprlib.Repr(maxstring=64, maxother=64)
 
 
 def digest(tree: Any) -> str:
@@ -35,22 +38,45 @@ def claim_directory(directory: str | os.PathLike, manifest: dict[str, Any]) -> N
     """Make `directory` the run that `manifest` (flat, JSON values) describes, or go on with it.
 
     Raises:
-      ValueError: the directory belongs to another run; names every entry that differs.
+      ValueError: the directory belongs to another run, and names the entries that differ, of many
+        the first; or it holds other things than a run.
     """
+    check_claim(directory)
     path = Path(directory) / MANIFEST
     if not path.exists():
         write_json(path, manifest)
         return
     held = read_json(path)
     differing = [
-        f"{key} was {held.get(key)!r} and is {manifest.get(key)!r}"
+        f"{key} was {_SHORT.repr(held.get(key))} and is {_SHORT.repr(manifest.get(key))}"
         for key in sorted(held.keys() | manifest.keys())
         if held.get(key) != manifest.get(key)
     ]
+    if len(differing) > MOST_NAMED:
+        differing[MOST_NAMED:] = [f"and {len(differing) - MOST_NAMED} more"]
     if differing:
         raise ValueError(
             f"{directory} holds another run: {'; '.join(differing)}. "
             "Choose another directory, or run with the options it was started with."
+        )
+
+
+def check_claim(directory: str | os.PathLike) -> None:
+    """Refuse a directory that is neither new, nor empty, nor that of a run.
+
+    Files whose names begin with a dot do not count: a process that was killed may leave them.
+
+    Raises:
+      ValueError: as said.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{directory} is a file; give a directory, new or empty.")
+    if not path.exists() or (path / MANIFEST).exists():
+        return
+    if any(not file.name.startswith(".") for file in path.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty, and holds no run to go on with: give a new directory."
         )
 
 

@@ -73,6 +73,26 @@ def test_a_directory_of_another_run_is_refused_naming_what_differs(tmp_path):
         claim_directory(tmp_path, manifest | {"rank": 4})
 
 
+def test_runs_that_have_little_in_common_differ_in_a_sentence(tmp_path):
+    claim_directory(tmp_path, {f"a{i}": "x" * 10_000 for i in range(20)})
+    with pytest.raises(
+        ValueError, match="a0 was 'xxx.*xxx' and is None; .*; and 32 more"
+    ) as refused:
+        claim_directory(tmp_path, {f"b{i}": i for i in range(20)})
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_directory_with_other_things_is_no_runs(tmp_path):
+    (tmp_path / ".run.json.7.tmp").touch()  # killed
+    claim_directory(tmp_path, {"steps": 1})
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "log.jsonl").write_text("somebody's")
+    for path, what in ((tmp_path, "is not empty, and"), (tmp_path / "log.jsonl", "is a file")):
+        with pytest.raises(ValueError, match=what):
+            claim_directory(path, {"steps": 1})
+    assert (tmp_path / "log.jsonl").read_text() == "somebody's"
+
+
 def test_a_digest_sees_every_value_shape_dtype_and_name():
     trees = [
         {"a": np.zeros(4, np.float32)},
