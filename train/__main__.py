@@ -390,7 +390,7 @@ def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = Fa
         held_out = read_examples(run.eval_data, tokenizer, run.max_length, pack=pack)
     each = run.options.checkpoint_every
     with when_stopped(
-        f"The same command goes on from the last checkpoint in {run.out}, one each {each} steps."
+        f"The same command goes on from the last checkpoint in {run.out}, one every {each}."
     ):
         return train(objective, examples, run.options, run.out, held_out)
 

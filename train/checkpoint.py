@@ -4,9 +4,14 @@ run.json        the manifest: options, and hashes of data and weights
 checkpoints/N   state after step N and position in the data, written by orbax
 """
 
+import contextlib
+import errno
 import hashlib
+import logging
 import os
 import reprlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,11 +111,38 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Write `state` and the data iterator's `position`, and drop the oldest beyond `keep`."""
+        """Write `state` and the data iterator's `position`, and drop the oldest beyond `keep`.
+
+        Raises:
+          OSError: it cannot be written, on a full disk for instance; those before it are kept.
+        """
+        self._check_room(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_named_leaves(state)), data=ocp.args.JsonSave(position)
         )
-        self._manager.save(int(state.step), args=args)
+        with _unlogged():
+            try:
+                self._manager.save(int(state.step), args=args)
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"The checkpoint of step {int(state.step)} could not be written, those before "
+                    f"it are kept: {error}"
+                ) from None
+
+    def _check_room(self, state: TrainState) -> None:
+        """Refuse a disk without room for `state`, before orbax's threads meet its end.
+
+        TensorStore prints a traceback for each write that is then under way.
+        """
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._manager.directory).free
+        if need > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"The checkpoint of step {int(state.step)} needs {need:,} bytes, and the disk has "
+                f"{free:,}: those before it are kept, make room and go on",
+                str(self._manager.directory),
+            )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, bit for bit, in the structure of `like`.
@@ -128,6 +160,18 @@ class Checkpoints:
         restored: Any = self._manager.restore(self.latest, args=args)
         leaves = [restored["state"][name] for name in _named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["data"]
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Orbax's threads log the traceback of every error that it then raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _named_leaves(state: TrainState) -> dict[str, jax.Array]:

@@ -1,10 +1,13 @@
 """A checkpoint gives back the same bits; a directory belongs to one run."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from jaxcodec.train.checkpoint import Checkpoints, claim_directory, digest
 from jaxcodec.train.step import TrainState, full_training, init_state, make_optimizer, make_schedule
@@ -49,6 +52,26 @@ def test_a_write_that_was_cut_short_does_not_count(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.latest == 1
         assert checkpoints.restore(state)[1] == {"next_index": 1}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_sentence(state, tmp_path, monkeypatch, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 1), {})
+
+        async def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+            with pytest.raises(OSError, match="step 2 needs .* has 1,000"):
+                checkpoints.save(at_step(state, 2), {})
+        monkeypatch.setattr(serialization, "async_serialize_from_host", full)
+        caplog.clear()
+        with pytest.raises(OSError, match="of step 2 could not .* before it are kept: .*No space"):
+            checkpoints.save(at_step(state, 2), {})
+        assert not caplog.records
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 1
 
 
 def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
