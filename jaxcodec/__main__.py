@@ -5,7 +5,6 @@ inspect     print what a model directory holds
 convert     write a quantized model in another layout
 """
 
-import sys
 from pathlib import Path
 from typing import Literal
 
@@ -30,30 +29,28 @@ def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "a
       to: our layout, that of CodeGEMM's own code, or AQLM's for transformers.
     """
     from jaxcodec.models.convert import convert_model
+    from jaxcodec.train.command_line import when_stopped
     from jaxcodec.train.progress import progress
 
-    convert_model(model, out, to, progress)
+    with when_stopped(f"{out} is as it was; convert anew."):
+        convert_model(model, out, to, progress)
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with one sentence and status 1."""
-    import jax
-    import tyro
+    """Run the command line; what ends it early is one sentence: see `ended_by_a_sentence`."""
+    from jaxcodec.train.command_line import ended_by_a_sentence
 
-    from jaxcodec.train.quantize import quantize
+    full_device = (
+        "Fewer sequences at once (--batch-size), or shorter ones (--length), need less, and make "
+        "it another run: give another --out."
+    )
+    with ended_by_a_sentence("jaxcodec", full_device):
+        import tyro
 
-    try:
+        from jaxcodec.train.quantize import quantize
+
         commands = {"quantize": quantize, "inspect": inspect, "convert": convert}
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxcodec")
-    except (ValueError, OSError) as error:
-        sys.exit(f"jaxcodec: {error}")
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            "jaxcodec: The device's memory is full. Fewer sequences at once (--batch-size), or "
-            "shorter ones (--length), need less, and make it another run: give another --out."
-        )
 
 
 if __name__ == "__main__":

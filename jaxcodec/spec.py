@@ -7,9 +7,11 @@ features.
 import dataclasses
 import re
 
+# The kernels' limits: tiles of the Psumbook are known up to m = 4, tables of more codebooks leave
+# shared memory no room, and an entry is read as at most 32 bytes. Plain XLA knows none of them.
 CODEBOOK_COUNTS = (1, 2, 3, 4)
-CODE_BITS = (2, 4, 8, 16)
 VECTOR_LENGTHS = (2, 4, 8, 16)
+CODE_BITS = (2, 4, 8, 16)  # those that divide a word
 WORD_BITS = 32  # codes are packed into uint32 words
 
 _PATTERN = re.compile(r"m(\d+)v(\d+)(?:b(\d+))?g(\d+)")

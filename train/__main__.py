@@ -13,7 +13,6 @@ Every command runs the function of its name here, which scripts can import.
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +38,7 @@ from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
 from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
+from jaxcodec.train.command_line import ended_by_a_sentence, when_stopped
 from jaxcodec.train.data import read_examples
 from jaxcodec.train.loop import TrainOptions, held_out_losses, train
 from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text
@@ -388,11 +388,15 @@ def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = Fa
     held_out = None
     if run.eval_data is not None:
         held_out = read_examples(run.eval_data, tokenizer, run.max_length, pack=pack)
-    return train(objective, examples, run.options, run.out, held_out)
+    each = run.options.checkpoint_every
+    with when_stopped(
+        f"The same command goes on from the last checkpoint in {run.out}, one every {each}."
+    ):
+        return train(objective, examples, run.options, run.out, held_out)
 
 
 def main() -> None:
-    """Run the command line; bad input ends it with one sentence and status 1."""
+    """Run the command line; what ends it early is one sentence: see `ended_by_a_sentence`."""
     import tyro
 
     commands = {
@@ -404,12 +408,15 @@ def main() -> None:
         "pv-tune": pv_tune,
         "evaluate": evaluate,
     }
-    try:
-        config = (tyro.conf.OmitArgPrefixes,)
+    full_device = (
+        "Fewer rows at once (--accumulate of a training command, --batch-size or --batch-tokens of "
+        "evaluate), or shorter ones (--max-length, --window), need less; other options make it "
+        "another run: give another --out."
+    )
+    config = (tyro.conf.OmitArgPrefixes,)
+    with ended_by_a_sentence("jaxcodec.train", full_device):
         prog = "python -m jaxcodec.train"
         tyro.extras.subcommand_cli_from_dict(commands, prog=prog, config=config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"jaxcodec.train: {error}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ class Placement:
 
     mesh: Mesh | None = None
 
+    @property
+    def name(self) -> str:
+        """How many devices of which kind, such as `1 x NVIDIA H200`."""
+        devices = jax.devices()[:1] if self.mesh is None else self.mesh.devices.ravel()
+        return f"{len(devices)} x {devices[0].device_kind}"
+
     def replicated(self, tree):
         """A pytree, whole on every device."""
         return jax.device_put(tree, self._sharding())

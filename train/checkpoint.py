@@ -4,8 +4,14 @@ run.json        the manifest: options, and hashes of data and weights
 checkpoints/N   state after step N and position in the data, written by orbax
 """
 
+import contextlib
+import errno
 import hashlib
+import logging
 import os
+import reprlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +25,8 @@ from jaxcodec.train.step import TrainState
 
 MANIFEST = "run.json"
 CHECKPOINTS = "checkpoints"
+MOST_NAMED = 8  # differences of two runs: a sentence, not a page
+_SHORT = reprlib.Repr(maxstring=64, maxother=64)
 
 
 def digest(tree: Any) -> str:
@@ -35,22 +43,45 @@ def claim_directory(directory: str | os.PathLike, manifest: dict[str, Any]) -> N
     """Make `directory` the run that `manifest` (flat, JSON values) describes, or go on with it.
 
     Raises:
-      ValueError: the directory belongs to another run; names every entry that differs.
+      ValueError: the directory belongs to another run, and names the entries that differ, of many
+        the first; or it holds other things than a run.
     """
+    check_claim(directory)
     path = Path(directory) / MANIFEST
     if not path.exists():
         write_json(path, manifest)
         return
     held = read_json(path)
     differing = [
-        f"{key} was {held.get(key)!r} and is {manifest.get(key)!r}"
+        f"{key} was {_SHORT.repr(held.get(key))} and is {_SHORT.repr(manifest.get(key))}"
         for key in sorted(held.keys() | manifest.keys())
         if held.get(key) != manifest.get(key)
     ]
+    if len(differing) > MOST_NAMED:
+        differing[MOST_NAMED:] = [f"and {len(differing) - MOST_NAMED} more"]
     if differing:
         raise ValueError(
             f"{directory} holds another run: {'; '.join(differing)}. "
             "Choose another directory, or run with the options it was started with."
+        )
+
+
+def check_claim(directory: str | os.PathLike) -> None:
+    """Refuse a directory that is neither new, nor empty, nor that of a run.
+
+    Files whose names begin with a dot do not count: a process that was killed may leave them.
+
+    Raises:
+      ValueError: as said.
+    """
+    path = Path(directory)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{directory} is a file; give a directory, new or empty.")
+    if not path.exists() or (path / MANIFEST).exists():
+        return
+    if any(not file.name.startswith(".") for file in path.iterdir()):
+        raise ValueError(
+            f"{directory} is not empty, and holds no run to go on with: give a new directory."
         )
 
 
@@ -80,11 +111,38 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, position: dict[str, Any]) -> None:
-        """Write `state` and the data iterator's `position`, and drop the oldest beyond `keep`."""
+        """Write `state` and the data iterator's `position`, and drop the oldest beyond `keep`.
+
+        Raises:
+          OSError: it cannot be written, on a full disk for instance; those before it are kept.
+        """
+        self._check_room(state)
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(_named_leaves(state)), data=ocp.args.JsonSave(position)
         )
-        self._manager.save(int(state.step), args=args)
+        with _unlogged():
+            try:
+                self._manager.save(int(state.step), args=args)
+            except (OSError, ValueError) as error:
+                raise OSError(
+                    f"The checkpoint of step {int(state.step)} could not be written, those before "
+                    f"it are kept: {error}"
+                ) from None
+
+    def _check_room(self, state: TrainState) -> None:
+        """Refuse a disk without room for `state`, before orbax's threads meet its end.
+
+        TensorStore prints a traceback for each write that is then under way.
+        """
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._manager.directory).free
+        if need > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"The checkpoint of step {int(state.step)} needs {need:,} bytes, and the disk has "
+                f"{free:,}: those before it are kept, make room and go on",
+                str(self._manager.directory),
+            )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
         """The newest checkpoint, bit for bit, in the structure of `like`.
@@ -102,6 +160,18 @@ class Checkpoints:
         restored: Any = self._manager.restore(self.latest, args=args)
         leaves = [restored["state"][name] for name in _named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["data"]
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Orbax's threads log the traceback of every error that it then raises."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _named_leaves(state: TrainState) -> dict[str, jax.Array]:

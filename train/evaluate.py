@@ -67,8 +67,12 @@ def complete(
       quiet: show no progress; else it goes to standard error.
 
     Raises:
-      ValueError: an empty prompt, or one that with the new tokens exceeds the model's context.
+      ValueError: an empty prompt, or one that with the new tokens exceeds the model's context; no
+        new tokens, or no prompts at once.
     """
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     _check_prompts(prompts, max_new_tokens, model.config.max_positions)
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -81,6 +81,11 @@ class TrainOptions:
         for name in ("steps", "batch_size", "accumulate", *PACE):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{name} must be at least 0 and finite, got {getattr(self, name)}."
+                )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size = {self.batch_size} does not divide into "

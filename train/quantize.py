@@ -4,14 +4,16 @@
 <out>/config.json, model.safetensors, tokenizer, quantization.json, quantization.svg   the result
 """
 
+import contextlib
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxcodec.models.load import CONFIG_FILE, copy_tokenizer, load_model, save_model
 from jaxcodec.models.sharding import make_mesh
@@ -19,7 +21,8 @@ from jaxcodec.models.tokenizer import PretrainedTokenizer, Tokenizer
 from jaxcodec.models.transformer import Model
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.calibration import read_calibration
-from jaxcodec.train.checkpoint import MANIFEST
+from jaxcodec.train.checkpoint import check_claim
+from jaxcodec.train.command_line import when_stopped
 from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
 from jaxcodec.train.quantization_figure import write_figure
 from jaxcodec.train.quantization_report import QuantizationReport, read_report
@@ -70,8 +73,7 @@ def quantize(
     options = dataclasses.replace(
         PRESETS[preset], batch_size=batch_size, activations=activations, seed=seed
     )
-    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
-        raise ValueError(f"{out} is not empty, and holds no run to go on with.")
+    check_claim(out)
     dense = load_on_host(model)
     specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
     calibration = None
@@ -79,11 +81,12 @@ def quantize(
         longest = min(length, dense.config.max_positions)
         calibration = _read(data, PretrainedTokenizer(model), sequences, longest, batch_size)
     if (out / CONFIG_FILE).exists():  # the last file that a run writes
-        claim_run(dense, specs, calibration, options, out)
+        claim_run(dense, specs, calibration, options, out, mesh)
     else:
-        _keep_compiled_programs(out)
-        quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
-        _write(out, quantized, report, model)
+        how_to_go_on = f"The same command goes on at the first block that {out} does not hold."
+        with when_stopped(how_to_go_on), compiled_programs_in(out / COMPILED):
+            quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
+            _write(out, quantized, report, model)
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
     print(read_report(out))
@@ -135,8 +138,29 @@ def _overrides(layers: Sequence[str]) -> list[tuple[str, CodebookSpec | None]]:
     return overrides
 
 
-def _keep_compiled_programs(out: Path) -> None:
-    """On a GPU, so that a run that goes on computes with the kernels that autotuning chose."""
-    if jax.default_backend() == "gpu" and not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(out / COMPILED))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+@contextlib.contextmanager
+def compiled_programs_in(folder: Path) -> Iterator[None]:
+    """On a GPU, so that a run that goes on computes with the kernels that autotuning chose.
+
+    A cache that the process has already stays. Afterwards JAX's settings are as they were.
+    """
+    if jax.default_backend() != "gpu" or jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    chosen = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in chosen}
+    try:
+        _configure(chosen)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(options: Mapping[str, Any]) -> None:
+    """JAX opens its cache once, and would go on with the first directory."""
+    for name, value in options.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

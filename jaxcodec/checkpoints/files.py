@@ -44,7 +44,8 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} is not empty; give a new directory.")
+        what = "not empty" if path.is_dir() else "a file"
+        raise ValueError(f"{path} is {what}; give a new directory.")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)

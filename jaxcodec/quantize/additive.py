@@ -15,6 +15,7 @@ Source: AQLM (arXiv 2401.06118) section 3; the scales of CodeGEMM (arXiv 2512.17
 
 import dataclasses
 import functools
+import math
 import time
 
 import jax
@@ -156,18 +157,24 @@ def refine(
 
     Returns:
       (the tensor in the dtype of `w`, its stages; the first is the start).
+
+    Raises:
+      ValueError: an objective that is NaN or infinite, with the stage it was found after.
     """
     spec, dtype = w.spec, w.dtype
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
     energy = _compiled_energy(W, H)
+    if not math.isfinite(float(energy)):
+        raise ValueError(_beyond_float32("tr(W^T H W)", float(energy)))
     last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
         nonlocal last
-        error = float(
-            _compiled_objective(W, H, CodebookTensor(codes, books, scales))
-        )  # waits for the device
+        # A float, for which the device has to finish.
+        error = float(_compiled_objective(W, H, CodebookTensor(codes, books, scales)))
+        if not math.isfinite(error):
+            raise ValueError(_beyond_float32(f"tr(dW^T H dW) after {name}", error))
         before, last = last, time.perf_counter()
         return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
 
@@ -310,6 +317,13 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
             f"is {mean:.3g}, the least value there {least:.3g}."
         )
     return (H + H.T) / 2 + damping * mean * jnp.eye(K)
+
+
+def _beyond_float32(what: str, value: float) -> str:
+    return (
+        f"{what} is {value}: weights or inputs are too large for products in float32; check the "
+        "model and the calibration data."
+    )
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:

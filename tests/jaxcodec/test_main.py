@@ -91,6 +91,40 @@ def test_bad_input_ends_with_a_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "inner", "sentence"),
+    [
+        (
+            ["quantize", "{tmp}/model", "--spec", "m1v2b2g32", "--out", "{tmp}/out"],
+            "jaxcodec.train.quantize.quantize_model",
+            "Stopped. The same command goes on at the first block that {tmp}/out does not hold.",
+        ),
+        (
+            ["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"],
+            "jaxcodec.models.convert.open_model",
+            "Stopped. {tmp}/out is as it was; convert anew.",
+        ),
+        (
+            ["inspect", "{tmp}/model"],
+            "jaxcodec.train.quantization_report.inspect_model",
+            "Stopped.",
+        ),
+    ],
+)
+def test_ctrl_c_is_a_sentence_and_status_130(
+    words: list[str], inner: str, sentence: str, model: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(inner, interrupted)
+    filled = [word.replace("{tmp}", str(tmp_path)) for word in words]
+    with pytest.raises((SystemExit, KeyboardInterrupt)) as end:
+        run(monkeypatch, *filled)
+    assert end.value.code == 130
+    assert capsys.readouterr().err == f"jaxcodec: {sentence}\n".replace("{tmp}", str(tmp_path))
+
+
 def test_a_full_device_is_one_sentence(model: Path, tmp_path: Path, monkeypatch) -> None:
     def exhausted(*_: object, **__: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")

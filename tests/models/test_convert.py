@@ -229,7 +229,7 @@ def test_what_is_there_is_left_alone(ours: Path, packed, tmp_path: Path) -> None
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(ValueError, match="is not empty; give a new directory"):
         convert_model(ours, tmp_path, "codegemm")
-    with pytest.raises(ValueError, match="is not empty; give a new directory"):
+    with pytest.raises(ValueError, match="is a file; give a new directory"):
         convert_model(ours, tmp_path / "notes", "codegemm")
     assert os.listdir(tmp_path) == ["notes"]
 

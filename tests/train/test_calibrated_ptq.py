@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -142,6 +143,13 @@ def test_the_directory_of_another_run_is_refused(dense: Model, tmp_path: Path) -
         other = dataclasses.replace(options, **change)
         with pytest.raises(ValueError, match=f"holds another run: {difference}"):
             quantize_model(dense, SPEC, None, other, tmp_path, quiet=True)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    with pytest.raises(ValueError, match="devices was '1 x cpu' and is '2 x cpu'"):
+        quantize_model(dense, SPEC, None, options, tmp_path, mesh=mesh, quiet=True)
+    *_, (name, _) = linear_shapes(dense.config)
+    other = select_specs(dense.config, SPEC, [(re.escape(name), None)])
+    with pytest.raises(ValueError, match=rf"run: specs\.{name} was '{SPEC}' and is None\. Choose"):
+        quantize_model(dense, other, None, options, tmp_path, quiet=True)
     with pytest.raises(ValueError, match="calibration was None"):
         quantize_model(dense, SPEC, TOKENS, options, tmp_path, quiet=True)
     doubled = dataclasses.replace(dense, weights=jax.tree.map(lambda x: 2 * x, dense.weights))

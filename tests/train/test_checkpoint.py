@@ -1,10 +1,13 @@
 """A checkpoint gives back the same bits; a directory belongs to one run."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import serialization
 
 from jaxcodec.train.checkpoint import Checkpoints, claim_directory, digest
 from jaxcodec.train.step import TrainState, full_training, init_state, make_optimizer, make_schedule
@@ -51,6 +54,26 @@ def test_a_write_that_was_cut_short_does_not_count(state, tmp_path):
         assert checkpoints.restore(state)[1] == {"next_index": 1}
 
 
+def test_a_checkpoint_that_cannot_be_written_is_a_sentence(state, tmp_path, monkeypatch, caplog):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 1), {})
+
+        async def full(*_, **__):
+            raise ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("shutil.disk_usage", lambda _: types.SimpleNamespace(free=1000))
+            with pytest.raises(OSError, match="step 2 needs .* has 1,000"):
+                checkpoints.save(at_step(state, 2), {})
+        monkeypatch.setattr(serialization, "async_serialize_from_host", full)
+        caplog.clear()
+        with pytest.raises(OSError, match="of step 2 could not .* before it are kept: .*No space"):
+            checkpoints.save(at_step(state, 2), {})
+        assert not caplog.records
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest == 1
+
+
 def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at_step(state, 1), {})
@@ -71,6 +94,26 @@ def test_a_directory_of_another_run_is_refused_naming_what_differs(tmp_path):
         claim_directory(tmp_path, manifest | {"data": "xyz", "steps": 20})
     with pytest.raises(ValueError, match="rank was None and is 4"):
         claim_directory(tmp_path, manifest | {"rank": 4})
+
+
+def test_runs_that_have_little_in_common_differ_in_a_sentence(tmp_path):
+    claim_directory(tmp_path, {f"a{i}": "x" * 10_000 for i in range(20)})
+    with pytest.raises(
+        ValueError, match="a0 was 'xxx.*xxx' and is None; .*; and 32 more"
+    ) as refused:
+        claim_directory(tmp_path, {f"b{i}": i for i in range(20)})
+    assert len(str(refused.value)) < 1000
+
+
+def test_a_directory_with_other_things_is_no_runs(tmp_path):
+    (tmp_path / ".run.json.7.tmp").touch()  # killed
+    claim_directory(tmp_path, {"steps": 1})
+    (tmp_path / "run.json").unlink()
+    (tmp_path / "log.jsonl").write_text("somebody's")
+    for path, what in ((tmp_path, "is not empty, and"), (tmp_path / "log.jsonl", "is a file")):
+        with pytest.raises(ValueError, match=what):
+            claim_directory(path, {"steps": 1})
+    assert (tmp_path / "log.jsonl").read_text() == "somebody's"
 
 
 def test_a_digest_sees_every_value_shape_dtype_and_name():

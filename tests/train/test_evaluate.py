@@ -85,3 +85,9 @@ def test_right_answers_are_counted_and_written(model, write_lines, tokenizer, tm
 def test_a_text_is_no_question(model, write_lines, tokenizer):
     with pytest.raises(ValueError, match="line 1 has a text: answers need a prompt"):
         evaluate(write_lines({"text": "a"}), tokenizer, model)
+
+
+@pytest.mark.parametrize(("new", "batch", "name"), [(0, 4, "max_new_tokens"), (4, 0, "batch_size")])
+def test_no_tokens_or_no_prompts_at_once_are_refused(model, new, batch, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        complete(model, PROMPTS, new, NO_EOS, batch_size=batch)

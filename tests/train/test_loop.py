@@ -163,3 +163,10 @@ def test_examples_beyond_the_model_are_refused(objective, examples, tmp_path):
 def test_options_are_checked(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**changes)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "clip_norm"])
+def test_rates_that_are_none_are_refused(name):
+    for value in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"{name} must be at least 0 and finite"):
+            TrainOptions(**{name: value})

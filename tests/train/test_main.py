@@ -121,6 +121,35 @@ def test_bad_input_ends_the_command_with_one_sentence(base, tmp_path, monkeypatc
     assert not (tmp_path / "run").exists()
 
 
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def exhausted(*_, **__):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+
+
+@pytest.mark.parametrize(
+    ("inner", "status", "sentence"),
+    [
+        (interrupted, 130, "Stopped. The same command goes on from the last checkpoint in "),
+        (exhausted, 1, "The device's memory is full. Fewer rows at once (--accumulate"),
+    ],
+)
+def test_what_ends_training_early_is_a_sentence(
+    base, pairs_file, tmp_path, monkeypatch, capsys, inner, status, sentence
+):
+    monkeypatch.setattr("jaxcodec.train.__main__.train", inner)
+    arguments = f"icarus --model {base} --data {pairs_file} --out {tmp_path}/run --max-length 16"
+    monkeypatch.setattr(sys, "argv", ["jaxcodec.train", *arguments.split()])
+    with pytest.raises((SystemExit, KeyboardInterrupt, jax.errors.JaxRuntimeError)) as end:
+        main()
+    code = end.value.code
+    said, code = (capsys.readouterr().err, code) if isinstance(code, int) else (code, 1)
+    assert code == status
+    assert said.startswith(f"jaxcodec.train: {sentence}")
+
+
 def test_prefill_share_leaves_a_model(base, pairs_file, tmp_path, capsys):
     prefill_share(PrefillShare(**run_options(pairs_file, tmp_path / "run", base=base)))
     model = tmp_path / "run/model"

@@ -1,14 +1,16 @@
 """The command: a directory in, a directory out, and the same again when it is given again."""
 
 import json
+import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxcodec.models.load import load_model
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.quantization_report import inspect_model
-from jaxcodec.train.quantize import quantize
+from jaxcodec.train.quantize import compiled_programs_in, quantize
 
 SPEC = "m1v4b4g32"
 
@@ -59,6 +61,21 @@ def test_the_report_tells_bits_and_errors_of_every_linear(
         assert 0 < linear.activation_error < linear.relative_error
         bits = CodebookSpec.parse(SPEC).bits_per_weight(linear.K, linear.N, value_bits=32)
         assert linear.bits_per_weight == bits
+
+
+def test_compiled_programs_are_kept_for_one_run_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    options = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in options]
+    for number in range(2):
+        folder = tmp_path / str(number)
+        with compiled_programs_in(folder):
+            jax.jit(lambda x, number=number: x + number)(1.0)
+        assert any(folder.iterdir())
+        assert [getattr(jax.config, name) for name in options] == before
+        shutil.rmtree(folder)
+        jax.jit(lambda x, number=number: x - number)(1.0)
+        assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,14 @@ def test_what_is_no_hessian_is_refused(W, H, change, sentence: str) -> None:
         quantize_additive(W, change(H), SPEC, KEY, OPTIONS)
 
 
+def test_an_objective_beyond_float32_is_refused(W, H) -> None:
+    w, _ = quantize_additive(W, None, SPEC, KEY, dataclasses.replace(OPTIONS, rounds=0))
+    huge = dataclasses.replace(w, scales=jnp.full_like(w.scales, 1e30))
+    for start, factor, what in ((w, 1e38, r"tr\(W\^T H W\) is"), (huge, 1, "after kmeans is")):
+        with pytest.raises(ValueError, match=f"{what}.* too large for products in float32"):
+            refine(W * jnp.float32(factor), H, start, KEY, OPTIONS)
+
+
 @pytest.mark.parametrize(
     "change", [{"beam": 0}, {"rounds": -1}, {"tolerance": float("nan")}, {"damping": -1.0}]
 )
