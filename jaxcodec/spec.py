@@ -7,10 +7,9 @@ features.
 import dataclasses
 import re
 
-# The kernels' limits: tiles of the Psumbook are known up to m = 4, tables of more codebooks leave
-# shared memory no room, and an entry is read as at most 32 bytes. Plain XLA knows none of them.
-CODEBOOK_COUNTS = (1, 2, 3, 4)
-VECTOR_LENGTHS = (2, 4, 8, 16)
+# Up to AQLM's 8x8. Kernels for GPUs hold less, and refuse what they cannot.
+CODEBOOK_COUNTS = (1, 2, 3, 4, 5, 6, 7, 8)
+VECTOR_LENGTHS = (2, 4, 8, 16, 32)
 CODE_BITS = (2, 4, 8, 16)  # those that divide a word
 WORD_BITS = 32  # codes are packed into uint32 words
 
@@ -22,8 +21,8 @@ class CodebookSpec:
     """How a matrix is stored: each run of `v` weights along K is a sum of `m` codebook vectors.
 
     Attributes:
-      num_codebooks: m, codebooks added up for one vector (1 to 4).
-      vector_length: v, weights that one code stands for, along K (2, 4, 8 or 16).
+      num_codebooks: m, codebooks added up for one vector (1 to 8).
+      vector_length: v, weights that one code stands for, along K (2, 4, 8, 16 or 32).
       group_size: g, weights along K that share one scale; K itself for one scale per output.
       bits: b, bits of one code; a codebook has 2**b vectors (2, 4, 8 or 16).
 

@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxcodec.pallas_kernels.mosaic import format_refusal
 from jaxcodec.pallas_kernels.operands.layout import SMS, TABLE_BITS
 from jaxcodec.spec import CodebookSpec
 
@@ -25,6 +26,8 @@ def refusal(spec: CodebookSpec, codebooks_dtype: jnp.dtype, dtype: jnp.dtype) ->
 
     It runs b up to 8, with codebooks and result in bfloat16 or float16.
     """
+    if reason := format_refusal(spec):
+        return reason
     if spec.bits > TABLE_BITS:
         return f"its codebooks have at most 2**{TABLE_BITS} vectors, and {spec} has b = {spec.bits}"
     for name, kind in (("codebooks", codebooks_dtype), ("result", dtype)):

@@ -7,6 +7,7 @@ g weights a scale.
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxcodec.pallas_kernels.mosaic import format_refusal
 from jaxcodec.spec import CodebookSpec
 
 WARPGROUP = 128  # threads
@@ -35,6 +36,8 @@ def refusal(
     multiple of 64, with x in bfloat16 or float16.
     """
     g, word = spec.group_size, spec.vector_length * spec.codes_per_word
+    if reason := format_refusal(spec):
+        return reason
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return f"its tensor cores multiply float16, and x is {jnp.dtype(dtype)}"
     if spec.bits > most_bits:

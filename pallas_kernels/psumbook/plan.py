@@ -16,6 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxcodec.pallas_kernels.mosaic import format_refusal
 from jaxcodec.spec import CodebookSpec
 
 WARP, WARPGROUP = 32, 128
@@ -247,6 +248,8 @@ class Plan:
 def refusal(M: int, K: int, N: int, spec: CodebookSpec, dtype: jnp.dtype) -> str | None:
     """Why the kernel cannot multiply x [M, K] of `dtype` by a `spec` weight [K, N], or None."""
     del dtype  # all of bf16, f16 and f32
+    if reason := format_refusal(spec):
+        return reason
     if spec.bits > 8:
         return f"its Psumbook has at most 2**8 entries a codebook, and {spec} has b = {spec.bits}"
     if not 1 <= M <= MAX_ROWS:

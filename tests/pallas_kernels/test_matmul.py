@@ -266,6 +266,21 @@ def test_a_kernel_that_cannot_run_says_why(name):
             codebook_matmul(x, w, implementation=name)
 
 
+@pytest.mark.parametrize("text", ["m8v32g128", "m5v8g128", "m1v32g128"])
+def test_formats_that_no_kernel_holds_are_multiplied_without(text):
+    spec = CodebookSpec.parse(text)
+    for kernel in KERNELS.values():
+        assert "at most m = 4" in kernel.refusal(1, 256, 64, spec, jnp.bfloat16)
+    x, w = draw((3, 256)), weight(text, 256, 64, dtype=jnp.float32)
+    y, pull_back = jax.vjp(codebook_matmul, x, w)
+    dy = draw(y.shape)
+    wanted = expected(x, w, np.asarray(dy))
+    dx, dw = pull_back(dy)
+    actual = y, dx, dw.codebooks, dw.scales
+    for value, exact in zip(actual, wanted, strict=True):
+        assert_close(value, exact, jnp.float32)
+
+
 def test_no_rows_give_no_rows():
     x, w = operands("tiny_m2v8", jnp.bfloat16, 1)
     assert codebook_matmul(x[:0], w).shape == (0, w.shape[1])
