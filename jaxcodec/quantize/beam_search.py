@@ -133,7 +133,8 @@ def _search_block(
 
     def choose(i: jax.Array, state):
         added_hn, codes_mbhn, F_bvhn = state
-        p, c = i // m, i % m
+        # The last codebook first: 3 to 6 % less error after four rounds than the first one first.
+        p, c = i // m, m - 1 - i % m
         H_vv, book, s = H_bvbv[p, :, p], books[c], scales_bn[p][None, None, :]
         old_hn = codes_mbhn[c, p]
         F_vhn = F_bvhn[p]

@@ -53,7 +53,7 @@ def by_brute_force(arguments, key: jax.Array, spec: CodebookSpec, beam: int) -> 
         for begin in range(0, J, B):
             hypotheses = [best]
             for j in order[begin : begin + B]:
-                for c in range(m):
+                for c in reversed(range(m)):
                     candidates = []
                     for hypothesis in hypotheses:
                         for i in range(S):
