@@ -15,13 +15,9 @@ from jax.extend import backend
 def head(script: str) -> dict[str, Any]:
     """Device, versions, time, commit and command of this run of `benchmarks.<script>`.
 
-    The commit is None where there is no git; what is not committed it does not tell.
+    Without git `commit` is None; `modified` tells of changes that are not in the commit.
     """
-    git = ["git", "-C", str(pathlib.Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return {
         "device": jax.devices()[0].device_kind,
         "versions": {
@@ -31,5 +27,15 @@ def head(script: str) -> dict[str, Any]:
         },
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "commit": commit,
+        "modified": bool(changes),
         "command": shlex.join(["python", "-m", f"benchmarks.{script}", *sys.argv[1:]]),
     }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git prints in the repository's folder; None without one."""
+    git = ["git", "-C", str(pathlib.Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -32,7 +32,7 @@ def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "a
     from jaxcodec.train.command_line import when_stopped
     from jaxcodec.train.progress import progress
 
-    with when_stopped(f"{out} is as it was; convert anew."):
+    with when_stopped("Nothing was written; convert anew."):
         convert_model(model, out, to, progress)
 
 

@@ -38,7 +38,9 @@ PLAIN: dict[str, Callable[[jax.Array, CodebookTensor], jax.Array]] = {
     "dequantize": dequantized,
     "psumbook": psumbook,
 }
-LAUNCH_US = 1.0  # between two launches, which tables do not count
+# What one more weight costs apart: tables do not count the gaps between launches, of 1.5 us or
+# more, and a weight may take two or three launches.
+APART_US = 5.0
 MOST_TOGETHER = 16  # weights of a launch, whose plans are made for a handful
 IMPLEMENTATIONS = (*KERNELS, *PLAIN)
 HOPPER = 9.0  # compute capability; wgmma, and the memory that tiles are cut for, are its alone
@@ -158,13 +160,22 @@ def choose(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: jnp.dty
     return "dequantize" if on_gpu and dtype.itemsize == 2 else "reference"
 
 
-def faster_apart(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec) -> bool:
-    """Whether a launch for each of several weights was measured to be faster than one for all."""
+def faster_apart(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: jnp.dtype) -> bool:
+    """Whether each of several weights by itself was clearly faster than all in one launch."""
     together = _entry(M, K, Ns, spec)
-    apart = [_entry(M, K, [N], spec) for N in Ns]
-    if len(Ns) == 1 or together is None or not all(apart):
+    apart = [entry for N in Ns if (entry := _entry(M, K, [N], spec))]
+    # Tables hold times of rows of 16 bits.
+    if together is None or len(apart) < len(Ns) or jnp.dtype(dtype).itemsize != 2:
         return False
-    return sum(entry.us + LAUNCH_US for entry in apart if entry) < together.us + LAUNCH_US
+    return sum(entry.us for entry in apart) + APART_US * (len(Ns) - 1) < together.us
+
+
+def _together(implementation: str | None, x: jax.Array, weights: Weights) -> list[Weights]:
+    """Weights of one spec as they are multiplied: those of a launch together."""
+    (M, K), Ns = x.shape, [w.shape[1] for w in weights]
+    if implementation is None and faster_apart(M, K, Ns, weights[0].spec, x.dtype):
+        return [(w,) for w in weights]
+    return [weights]
 
 
 def _alike(weights: Weights) -> list[list[int]]:
@@ -222,9 +233,20 @@ def _multiply(
     dtype: jnp.dtype,
 ) -> Sequence[jax.Array]:
     """What one device does: choose an implementation, or refuse the named one, and run it."""
+    groups = _together(implementation, x, weights)
+    ys = [_launch(implementation, interpret, x, group, dtype) for group in groups]
+    return list(itertools.chain(*ys))
+
+
+def _launch(
+    implementation: str | None,
+    interpret: bool,
+    x: jax.Array,
+    weights: Weights,
+    dtype: jnp.dtype,
+) -> Sequence[jax.Array]:
+    """The same in one launch."""
     (M, K), Ns, spec = x.shape, [w.shape[1] for w in weights], weights[0].spec
-    if implementation is None and faster_apart(M, K, Ns, spec):
-        return [_multiply(None, interpret, x, (w,), dtype)[0] for w in weights]
     name = implementation or choose(M, K, Ns, spec, x.dtype)
     if name in PLAIN:
         return [PLAIN[name](x, w).astype(dtype) for w in weights]
@@ -248,11 +270,13 @@ def _backward(implementation, dtype, interpret, residuals: tuple[jax.Array, Weig
     dtype. Only one dequantized matrix exists at a time.
     """
     x, weights = residuals
-    (M, K), Ns = x.shape, [w.shape[1] for w in weights]
-    name = implementation or choose(M, K, Ns, weights[0].spec, x.dtype)
-    exact = name in ("reference", "psumbook", "psumbook_mosaic")
-    kind = jnp.dtype(jnp.float32) if exact else x.dtype
-    gradients = [_gradients(x, w, dy, kind) for w, dy in zip(weights, dys, strict=True)]
+    (M, K), kinds = x.shape, []
+    for group in _together(implementation, x, weights):
+        Ns = [w.shape[1] for w in group]
+        name = implementation or choose(M, K, Ns, group[0].spec, x.dtype)
+        exact = name in ("reference", "psumbook", "psumbook_mosaic")
+        kinds += [jnp.dtype(jnp.float32) if exact else x.dtype] * len(group)
+    gradients = [_gradients(x, *rest) for rest in zip(weights, dys, kinds, strict=True)]
     dx = functools.reduce(jnp.add, [dx for dx, _ in gradients])
     return dx.astype(x.dtype), tuple(dw for _, dw in gradients)
 

@@ -390,7 +390,8 @@ def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = Fa
         held_out = read_examples(run.eval_data, tokenizer, run.max_length, pack=pack)
     each = run.options.checkpoint_every
     with when_stopped(
-        f"The same command goes on from the last checkpoint in {run.out}, one every {each}."
+        f"The same command goes on from the last checkpoint in {run.out}, if there is one yet: one "
+        f"is written every {each} steps."
     ):
         return train(objective, examples, run.options, run.out, held_out)
 

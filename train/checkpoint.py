@@ -127,7 +127,7 @@ class Checkpoints:
                 raise OSError(
                     f"The checkpoint of step {int(state.step)} could not be written, those before "
                     f"it are kept: {error}"
-                ) from None
+                ) from error
 
     def _check_room(self, state: TrainState) -> None:
         """Refuse a disk without room for `state`, before orbax's threads meet its end.

@@ -156,7 +156,7 @@ def quantize_model(
     if calibration is not None:
         _check_calibration(model.config, calibration, options, place)
     if directory is not None:
-        claim_run(model, specs, calibration, options, directory, mesh)
+        claim_run(model, specs, calibration, options, directory, place.name)
     done = {} if directory is None else dict(_finished(model, specs, directory))
     states = None
     if calibration is not None and len(done) < model.config.num_layers:
@@ -184,12 +184,13 @@ def claim_run(
     calibration: np.ndarray | None,
     options: QuantizeOptions,
     directory: Path,
-    mesh: Mesh | None = None,
+    devices: str,
 ) -> None:
     """Make `directory` that of a run, or see that it is: by options, and hashes of what goes in.
 
-    Devices are among them: sums over those that share a batch or columns have last bits of their
-    own. Where hidden states lie between blocks is nothing that the result follows from.
+    `devices`, as `Placement.name`, are among them: sums over those that share a batch or columns
+    have last bits of their own. Where hidden states lie between blocks is nothing that the result
+    follows from.
 
     Raises:
       ValueError: it holds another run; says what differs.
@@ -199,7 +200,7 @@ def claim_run(
         "format": 1,
         "weights": digest(model.weights),
         "config": repr(model.config),
-        "devices": Placement(mesh).name,
+        "devices": devices,
         **{f"specs.{name}": str(spec) for name, spec in specs},
         "calibration": None if data is None else hashlib.sha256(data.data).hexdigest(),
         "calibration_shape": None if data is None else list(data.shape),

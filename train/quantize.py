@@ -15,13 +15,14 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxcodec.checkpoints.files import read_json
 from jaxcodec.models.load import CONFIG_FILE, copy_tokenizer, load_model, save_model
 from jaxcodec.models.sharding import make_mesh
 from jaxcodec.models.tokenizer import PretrainedTokenizer, Tokenizer
 from jaxcodec.models.transformer import Model
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.calibration import read_calibration
-from jaxcodec.train.checkpoint import check_claim
+from jaxcodec.train.checkpoint import MANIFEST, check_claim
 from jaxcodec.train.command_line import when_stopped
 from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
 from jaxcodec.train.quantization_figure import write_figure
@@ -80,8 +81,9 @@ def quantize(
     if data is not None:
         longest = min(length, dense.config.max_positions)
         calibration = _read(data, PretrainedTokenizer(model), sequences, longest, batch_size)
-    if (out / CONFIG_FILE).exists():  # the last file that a run writes
-        claim_run(dense, specs, calibration, options, out, mesh)
+    if (out / CONFIG_FILE).exists():  # the last file that a run writes, on whatever devices
+        devices = read_json(out / MANIFEST).get("devices", "")
+        claim_run(dense, specs, calibration, options, out, devices)
     else:
         how_to_go_on = f"The same command goes on at the first block that {out} does not hold."
         with when_stopped(how_to_go_on), compiled_programs_in(out / COMPILED):

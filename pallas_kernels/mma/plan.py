@@ -185,8 +185,8 @@ def scale_columns(tiles: Tiling) -> int:
 def _cost(tiles: Tiling, K: int, Ns: Sequence[int], spec: CodebookSpec) -> float:
     """About the cycles of the slowest multiprocessor, to sort tilings by.
 
-    Fitted to the times of benchmarks/results/h200/tuner.json: what it puts first takes 1.017 times
-    as long as the best of six in the mean of 134 launches of 1 to 32 rows, 1.12 times at worst.
+    Fitted to the times of benchmarks/results/h200/tuner.json: what it puts first takes 1.02 times
+    as long as the best of six in the mean of the 144 launches of 1 to 32 rows, 1.33 times at worst.
     """
     waves = pl.cdiv(sum(pl.cdiv(N, tiles.columns) for N in Ns), SMS)
     steps = pl.cdiv(K, tiles.step)

@@ -102,7 +102,7 @@ def test_bad_input_ends_with_a_sentence(
         (
             ["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"],
             "jaxcodec.models.convert.open_model",
-            "Stopped. {tmp}/out is as it was; convert anew.",
+            "Stopped. Nothing was written; convert anew.",
         ),
         (
             ["inspect", "{tmp}/model"],

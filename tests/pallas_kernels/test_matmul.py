@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcodec.pallas_kernels import dequantizer
 from jaxcodec.pallas_kernels import matmul as matmul_module
 from jaxcodec.pallas_kernels.matmul import KERNELS, choose, codebook_matmul, codebook_matmuls
 from jaxcodec.pallas_kernels.shapes import TINY
@@ -271,6 +272,7 @@ def test_formats_that_no_kernel_holds_are_multiplied_without(text):
     spec = CodebookSpec.parse(text)
     for kernel in KERNELS.values():
         assert "at most m = 4" in kernel.refusal(1, 256, 64, spec, jnp.bfloat16)
+    assert "at most m = 4" in (dequantizer.refusal(spec, jnp.bfloat16, jnp.bfloat16) or "")
     x, w = draw((3, 256)), weight(text, 256, 64, dtype=jnp.float32)
     y, pull_back = jax.vjp(codebook_matmul, x, w)
     dy = draw(y.shape)

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxcodec.pallas_kernels import matmul, tune, tuning
@@ -311,18 +310,35 @@ def test_tuning_needs_a_gpu():
             tune.tune(options)
 
 
-@pytest.mark.parametrize(("together", "apart"), [(12.9, False), (13.1, True), (None, False)])
-def test_weights_go_apart_where_that_was_faster(user_directory, together, apart):
+# M differs, as a call of one shape is traced once.
+@pytest.mark.parametrize(
+    ("M", "together", "apart"), [(2, 16.9, False), (3, 17.1, True), (4, None, False)]
+)
+def test_weights_go_apart_where_that_was_clearly_faster(
+    user_directory, monkeypatch, M, together, apart
+):
     entries = [dataclasses.replace(ENTRY, K=256, N=(N,), us=6.0) for N in (64, 128)]
     if together is not None:
         entries.append(dataclasses.replace(ENTRY, K=256, N=(64, 128), us=together))
     kind = jax.devices()[0].device_kind
     tuning.write(user_directory / tuning.file_name(kind), {"device": kind}, entries)
-    assert matmul.faster_apart(4, 256, [64, 128], SPEC) == apart
-    assert not matmul.faster_apart(4, 256, [64], SPEC)
-    x, weights = jnp.ones((4, 256)), [random_codebook_tensor(KEY, SPEC, 256, N) for N in (64, 128)]
-    for y, w in zip(matmul.codebook_matmuls(x, weights), weights, strict=True):
-        np.testing.assert_allclose(y, matmul.codebook_matmul(x, w), rtol=1e-6)
+    asked = []
+
+    def choose(M, K, Ns, spec, dtype):
+        asked.append(tuple(Ns))
+        return "reference"
+
+    monkeypatch.setattr(matmul, "choose", choose)
+    weights = [random_codebook_tensor(KEY, SPEC, 256, N) for N in (64, 128)]
+    launches = [(64,), (128,)] if apart else [(64, 128)]
+    x = jax.random.normal(KEY, (M, 256), jnp.bfloat16)
+    ys, pull_back = jax.vjp(lambda x: matmul.codebook_matmuls(x, weights), x)
+    assert asked == launches
+    pull_back(ys)
+    assert asked == 2 * launches
+    asked.clear()
+    matmul.codebook_matmuls(jnp.ones((M, 256)), weights)  # float32, of which no table tells
+    assert asked == [(64, 128)]
 
 
 def test_preferences_without_a_measurement():

@@ -15,6 +15,7 @@ from jaxcodec.models.scheme import CONVENTIONAL
 from jaxcodec.models.transformer import init_model
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import dequantize, random_codebook_tensor
+from jaxcodec.train import pv_tuning as module
 from jaxcodec.train.checkpoint import Checkpoints
 from jaxcodec.train.data import Batch
 from jaxcodec.train.ptq import quantize_model
@@ -147,6 +148,17 @@ def test_codes_are_as_far_apart_as_their_nearest_neighbours(text, key):
     vectors = sum(book[chosen] for book, chosen in zip(books, codes, strict=True))
     wanted = np.sqrt(min(nearest) / np.mean(np.sum(vectors**2, axis=-1)))
     np.testing.assert_allclose(code_spacing(w), wanted, rtol=1e-5)
+
+
+def test_some_groups_tell_what_all_do(key, monkeypatch):
+    w = random_codebook_tensor(key, CodebookSpec.parse("m2v8b8g64"), 256, 48, jnp.float32)
+    whole = code_spacing(w)
+    monkeypatch.setattr(module, "SAMPLED_GROUPS", 300)
+    code_spacing.clear_cache()
+    some = code_spacing(w)
+    code_spacing.clear_cache()
+    assert some != whole
+    np.testing.assert_allclose(some, whole, rtol=0.05)
 
 
 @pytest.mark.parametrize("factor", [1e-25, 1.0])
