@@ -71,6 +71,10 @@ class TuningResult:
     after: float
     epochs: int
 
+    def __str__(self) -> str:
+        """`0.0187`, or `0.0187 -> 0.0121` where there was tuning."""
+        return f"{self.before:.4f}" + (f" -> {self.after:.4f}" if self.epochs else "")
+
 
 def tune_block(
     block: BlockModel,

@@ -91,6 +91,6 @@ class QuantizationProgress:
 def errors(report: BlockReport) -> str:
     """The block's output error before and after tuning, or the mean of its linears' errors."""
     if report.tuning is not None:
-        return f"{report.tuning.before:.4f} -> {report.tuning.after:.4f}"
+        return str(report.tuning)
     mean = sum(linear.activation_error or 0.0 for linear in report.linears)
     return f"{mean / max(len(report.linears), 1):.4f}"

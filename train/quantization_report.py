@@ -131,10 +131,8 @@ class QuantizationReport:
         )
         tuned = [(b.layer, b.tuning) for b in self.blocks if b.tuning is not None]
         if tuned:
-            changes = (f"{i}: {t.before:.4f} -> {t.after:.4f}" for i, t in tuned)
-            lines.append(
-                "output error of the blocks before and after tuning: " + ", ".join(changes)
-            )
+            errors = (f"{i}: {t}" for i, t in tuned)
+            lines.append("output error of the blocks: " + ", ".join(errors))
         if self.seconds:
             stages = (f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
             lines.append("seconds: " + ", ".join(stages))

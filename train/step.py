@@ -322,7 +322,9 @@ def with_best(state: TrainState, objective: Objective, loss: float) -> TrainStat
 def make_schedule(learning_rate: float, warmup_steps: int, steps: int) -> optax.Schedule:
     """Linear warm-up to `learning_rate`, then a cosine down to a tenth of it at `steps`."""
     if not 0 <= warmup_steps < steps:
-        raise ValueError(f"warmup_steps must lie in [0, steps = {steps}), got {warmup_steps}.")
+        raise ValueError(
+            f"warmup_steps (--warmup-steps) must lie in [0, steps = {steps}), got {warmup_steps}."
+        )
     return optax.warmup_cosine_decay_schedule(
         # from 1/warmup, so that no step is spent at a rate of zero
         init_value=learning_rate / max(warmup_steps, 1),

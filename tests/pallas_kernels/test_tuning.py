@@ -10,6 +10,7 @@ import pytest
 
 from jaxcodec.pallas_kernels import matmul, tune, tuning
 from jaxcodec.pallas_kernels.kernels import KERNELS
+from jaxcodec.pallas_kernels.timing import UNTUNED
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import random_codebook_tensor
 
@@ -162,6 +163,22 @@ def test_sizes_that_cannot_be_are_left_out(tmp_path, kernel, changes):
             assert tuning.read(path) == []
 
 
+def test_a_shape_that_finds_no_room_does_not_stop_the_next(monkeypatch, capsys):
+    faked(monkeypatch, {"mma_mosaic": 5.0})
+    multiply = tune.references
+
+    def references(x, weights):
+        if not isinstance(x, jax.core.Tracer) and x.shape[1] == 128:
+            raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return multiply(x, weights)
+
+    monkeypatch.setattr(tune, "references", references)
+    options = tune.Options(shapes=("128x128", "256x128"), specs=("m2v8g128",), rows=(1,))
+    path = tune.tune(options)
+    assert "m2v8g128 128x128 M=1: RuntimeError: RESOURCE_EXHAUSTED" in capsys.readouterr().err
+    assert [entry.K for entry in tuning.read(path)] == [256]
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("spec", ["m1v4g128", "m2v8g128", "m3v4g32", "m4v8g64"])
 def test_candidates_can_be(kernel, spec):
@@ -225,7 +242,13 @@ def faked(monkeypatch, us):
             for name in KERNELS
         }
 
-    monkeypatch.setattr(tune, "compiled", lambda call, operands, options=None: call)
+    def compiled(call, operands, options=None):
+        # Whatever XLA tunes by running it would run while another process measures.
+        candidate = isinstance(call, tune.functools.partial) and call.func is multiply
+        assert options == (None if candidate else UNTUNED)
+        return call
+
+    monkeypatch.setattr(tune, "compiled", compiled)
     monkeypatch.setattr(tune, "kernel_time", kernel_time)
     monkeypatch.setattr(tune, "calls", calls)
     monkeypatch.setattr(tune.jax, "devices", lambda: [Device])

@@ -72,5 +72,5 @@ def test_the_schedule_warms_up_and_ends_at_a_tenth():
     assert 0 < rates[0] <= 0.11
     assert rates.argmax() == 10
     assert rates[100] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="warmup_steps must lie in"):
+    with pytest.raises(ValueError, match=r"warmup_steps \(--warmup-steps\) must lie in"):
         make_schedule(1.0, 100, 100)
