@@ -40,7 +40,7 @@ from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
 from jaxcodec.train.command_line import ended_by_a_sentence, when_stopped
 from jaxcodec.train.data import read_examples
-from jaxcodec.train.loop import TrainOptions, held_out_losses, train
+from jaxcodec.train.loop import LOG, TrainOptions, held_out_losses, train
 from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text
 from jaxcodec.train.pv_tuning import PVOptions, changed_share, pv_tuning
 from jaxcodec.train.step import (
@@ -393,7 +393,9 @@ def _train(objective: Objective, run: Run, tokenizer_from: Path, pack: bool = Fa
         f"The same command goes on from the last checkpoint in {run.out}, if there is one yet: one "
         f"is written every {each} steps."
     ):
-        return train(objective, examples, run.options, run.out, held_out)
+        trained = train(objective, examples, run.options, run.out, held_out)
+    print(f"All {run.options.steps} steps are made; {run.out / LOG} tells of them.")
+    return trained
 
 
 def main() -> None:
