@@ -170,12 +170,16 @@ def faster_apart(M: int, K: int, Ns: Sequence[int], spec: CodebookSpec, dtype: j
     return sum(entry.us for entry in apart) + APART_US * (len(Ns) - 1) < together.us
 
 
-def _together(implementation: str | None, x: jax.Array, weights: Weights) -> list[Weights]:
-    """Weights of one spec as they are multiplied: those of a launch together."""
-    (M, K), Ns = x.shape, [w.shape[1] for w in weights]
-    if implementation is None and faster_apart(M, K, Ns, weights[0].spec, x.dtype):
-        return [(w,) for w in weights]
-    return [weights]
+def _launches(
+    implementation: str | None, x: jax.Array, weights: Weights
+) -> list[tuple[str, Weights]]:
+    """What multiplies weights of one spec on this device, and which of them together."""
+    (M, K), Ns, spec = x.shape, [w.shape[1] for w in weights], weights[0].spec
+    if implementation is not None:
+        return [(implementation, weights)]
+    if faster_apart(M, K, Ns, spec, x.dtype):
+        return [(choose(M, K, [w.shape[1]], spec, x.dtype), (w,)) for w in weights]
+    return [(choose(M, K, Ns, spec, x.dtype), weights)]
 
 
 def _alike(weights: Weights) -> list[list[int]]:
@@ -233,30 +237,19 @@ def _multiply(
     dtype: jnp.dtype,
 ) -> Sequence[jax.Array]:
     """What one device does: choose an implementation, or refuse the named one, and run it."""
-    groups = _together(implementation, x, weights)
-    ys = [_launch(implementation, interpret, x, group, dtype) for group in groups]
-    return list(itertools.chain(*ys))
-
-
-def _launch(
-    implementation: str | None,
-    interpret: bool,
-    x: jax.Array,
-    weights: Weights,
-    dtype: jnp.dtype,
-) -> Sequence[jax.Array]:
-    """The same in one launch."""
-    (M, K), Ns, spec = x.shape, [w.shape[1] for w in weights], weights[0].spec
-    name = implementation or choose(M, K, Ns, spec, x.dtype)
-    if name in PLAIN:
-        return [PLAIN[name](x, w).astype(dtype) for w in weights]
-    if reason := _refusal(name, M, K, Ns, spec, x.dtype, interpret):
-        raise NotImplementedError(f"Implementation {name!r} cannot run: {reason}.")
-    entry = _entry(M, K, Ns, spec)
-    tiles = None
-    if entry and entry.kernel == name:
-        tiles = KERNELS[name].Tiling(**entry.tiles)
-    return KERNELS[name].matmul(x, weights, tiles=tiles, out_dtype=dtype, interpret=interpret)
+    (M, K), spec = x.shape, weights[0].spec
+    results = []
+    for name, group in _launches(implementation, x, weights):
+        Ns = [w.shape[1] for w in group]
+        if name in PLAIN:
+            results += [PLAIN[name](x, w).astype(dtype) for w in group]
+            continue
+        if reason := _refusal(name, M, K, Ns, spec, x.dtype, interpret):
+            raise NotImplementedError(f"Implementation {name!r} cannot run: {reason}.")
+        entry, kernel = _entry(M, K, Ns, spec), KERNELS[name]
+        tiles = kernel.Tiling(**entry.tiles) if entry and entry.kernel == name else None
+        results += kernel.matmul(x, group, tiles=tiles, out_dtype=dtype, interpret=interpret)
+    return results
 
 
 def _forward(implementation, dtype, interpret, x: jax.Array, weights: Weights):
@@ -270,10 +263,8 @@ def _backward(implementation, dtype, interpret, residuals: tuple[jax.Array, Weig
     dtype. Only one dequantized matrix exists at a time.
     """
     x, weights = residuals
-    (M, K), kinds = x.shape, []
-    for group in _together(implementation, x, weights):
-        Ns = [w.shape[1] for w in group]
-        name = implementation or choose(M, K, Ns, group[0].spec, x.dtype)
+    kinds = []
+    for name, group in _launches(implementation, x, weights):
         exact = name in ("reference", "psumbook", "psumbook_mosaic")
         kinds += [jnp.dtype(jnp.float32) if exact else x.dtype] * len(group)
     gradients = [_gradients(x, *rest) for rest in zip(weights, dys, kinds, strict=True)]

@@ -178,6 +178,7 @@ class Programs:
     """
 
     def __init__(self, pool: Executor, tasks: Sequence[Task]):
+        self.tasks = tasks
         shape, rows = tasks[0].shape, [task.M for task in tasks]
         make = functools.partial(make_operands, shape=shape, rows=rows)
         self._copies = copies(shape)
@@ -302,17 +303,17 @@ def _outcomes(missing: Sequence[Task]) -> Iterator[tuple[Task, list[tuning.Entry
     """Measure shape after shape, while the candidates of the next are compiled."""
     shapes = [list(group) for _, group in itertools.groupby(missing, lambda task: task.shape)]
     pool = ThreadPoolExecutor()
+    begun = (Programs(pool, tasks) for tasks in shapes)
     try:
-        following = Programs(pool, shapes[0]) if shapes else None
-        for i, group in enumerate(shapes):
-            programs = following
-            assert programs is not None
-            following = Programs(pool, shapes[i + 1]) if i + 1 < len(shapes) else None
-            for task in group:
+        programs = next(begun, None)
+        while programs:
+            following = next(begun, None)
+            for task in programs.tasks:
                 programs.wait(task)
                 with turn():
                     outcomes = list(programs.measure(task))
                 yield task, outcomes
+            programs = following
     finally:  # a run that is stopped waits for no compilation that has not begun
         pool.shutdown(cancel_futures=True)
 

@@ -165,18 +165,15 @@ def refine(
     W = W.astype(jnp.float32)
     codes, books, scales = w.codes, w.codebooks.astype(jnp.float32), w.scales.astype(jnp.float32)
     energy = _compiled_energy(W, H)
-    if not math.isfinite(float(energy)):
-        raise ValueError(_beyond_float32("tr(W^T H W)", float(energy)))
+    whole = _finite(energy, "tr(W^T H W)")
     last = time.perf_counter() if start is None else start
 
     def stage(name: str) -> Stage:
         nonlocal last
-        # A float, for which the device has to finish.
-        error = float(_compiled_objective(W, H, CodebookTensor(codes, books, scales)))
-        if not math.isfinite(error):
-            raise ValueError(_beyond_float32(f"tr(dW^T H dW) after {name}", error))
+        error = _compiled_objective(W, H, CodebookTensor(codes, books, scales))
+        error = _finite(error, f"tr(dW^T H dW) after {name}")  # waits for the device
         before, last = last, time.perf_counter()
-        return Stage(name, error / float(energy) if error > 0 else 0.0, last - before)
+        return Stage(name, error / whole if error > 0 else 0.0, last - before)
 
     stages = [stage("kmeans")]
     for i in range(options.rounds):
@@ -319,11 +316,15 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
     return (H + H.T) / 2 + damping * mean * jnp.eye(K)
 
 
-def _beyond_float32(what: str, value: float) -> str:
-    return (
-        f"{what} is {value}: weights or inputs are too large for products in float32; check the "
-        "model and the calibration data."
-    )
+def _finite(x: jax.Array, what: str) -> float:
+    """The number x, refused if it is none."""
+    value = float(x)
+    if not math.isfinite(value):
+        raise ValueError(
+            f"{what} is {value}: weights or inputs are too large for products in float32; check "
+            "the model and the calibration data."
+        )
+    return value
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
