@@ -7,7 +7,7 @@ The reference is Vahe1994/AQLM, `aq_engine.AQEngine`, as its `main.py` runs it o
 X^T X in float64, its own learning rate and k-means. It is imported from the user's folder, and is
 left out where there is none. Both get the same W, the same H, one scale an output feature (all
 that AQLM has), as many rounds of as many Adam steps and of one beam search as the other, and the
-same beam; neither may stop early.
+same beam; neither may stop early. Ours runs a second time as its `default` preset is.
 
 The first time of each counts all compilation and warming up, the second is of the same work again.
 Ours also counts the search that follows the rounding of codebooks and scales to bfloat16.
@@ -32,11 +32,13 @@ import tyro
 
 from benchmarks.head import head
 from jaxcodec.checkpoints.files import write_json
-from jaxcodec.quantize.additive import AdditiveOptions, quantize_additive
+from jaxcodec.quantize.additive import PRESETS, AdditiveOptions, quantize_additive
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import dequantize
 
 Row = dict[str, Any]
+# Ours in the reference's rounds, and in its own.
+EQUAL, DEFAULT = "jaxcodec", "jaxcodec, default preset"
 # Of the reference's main.py: --lr and --init_max_iter.
 REFERENCE_LEARNING_RATE = 1e-4
 REFERENCE_ITERATIONS = 100
@@ -61,6 +63,7 @@ class Options:
       formats: such as m2v8b8; the scale's group is K.
       rounds: of Adam steps and a beam search.
       steps: of Adam in a round.
+      learning_rate: of ours in rounds of so many steps; the reference has its own.
       beam: hypotheses.
       repeats: times that each runs; the first one compiles.
       seed: of matrix, inputs and both quantizers.
@@ -72,6 +75,7 @@ class Options:
     formats: tuple[str, ...] = ("m2v8b8", "m1v4b8")
     rounds: int = 4
     steps: int = 100
+    learning_rate: float = 1e-3
     beam: int = 1
     repeats: int = 2
     seed: int = 0
@@ -97,11 +101,16 @@ def relative_objective(W: np.ndarray, H: np.ndarray, W_: np.ndarray) -> float:
     return float(np.sum(dW * (H @ dW)) / np.sum(W * (H @ W)))
 
 
-def ours(W: np.ndarray, H: np.ndarray, spec: CodebookSpec, options: Options) -> Row:
+def ours(
+    W: np.ndarray,
+    H: np.ndarray,
+    spec: CodebookSpec,
+    quantizer: str,
+    how: AdditiveOptions,
+    options: Options,
+) -> Row:
     """Errors after the rounds and as stored in bfloat16, and seconds."""
-    how = AdditiveOptions(
-        rounds=options.rounds, steps=options.steps, beam=options.beam, tolerance=0.0, damping=0.0
-    )
+    how = dataclasses.replace(how, damping=0.0)  # as the reference: H is the same for both
     seconds, w, found = [], None, ()
     W_device, H_device = jnp.asarray(W), jnp.asarray(H)
     for _ in range(options.repeats):
@@ -113,7 +122,7 @@ def ours(W: np.ndarray, H: np.ndarray, spec: CodebookSpec, options: Options) -> 
     searched = [stage for stage in found if stage.name == "beam_search"]
     W_ = np.asarray(dequantize(w, jnp.float32))
     return {
-        "quantizer": "jaxcodec",
+        "quantizer": quantizer,
         "error": searched[-1].error,
         "rounds_made": len(searched),
         "stored_error": relative_objective(W, H, W_),
@@ -170,27 +179,40 @@ def reference(
 
 
 def measure(options: Options, name: str) -> list[Row]:
-    """Rows of both quantizers in one format; the second is missing without `aqlm`."""
+    """Rows of one format: ours in equal rounds, ours by its preset, and the reference with `aqlm`."""
     K, N = options.size
     spec = CodebookSpec.parse(f"{name}g{K}")
     W, H = matrix(K, N, options.seed)
     what = {"spec": str(spec), "K": K, "N": N}
-    rows = [what | ours(W, H, spec, options)]
+    equal = AdditiveOptions(
+        rounds=options.rounds,
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        beam=options.beam,
+        tolerance=0.0,
+    )
+    rows = [
+        what | ours(W, H, spec, quantizer, how, options)
+        for quantizer, how in ((EQUAL, equal), (DEFAULT, PRESETS["default"]))
+    ]
     if options.aqlm is not None:
         rows.append(what | reference(options.aqlm, W, H, spec, options))
     return rows
 
 
 def summary(rows: list[Row]) -> str:
-    """Ours beside the reference, one line a format; its columns are empty where it is missing."""
+    """Each run of ours beside the reference; its columns are empty where that is missing."""
     lines = [
-        f"{'spec':<13}{'error':>10}{'AQLM':>10}{'ratio':>7}{'stored':>10}{'AQLM':>10}{'ratio':>7}"
-        f"{'seconds':>9}{'AQLM':>9}{'faster':>8}{'first':>9}{'AQLM':>9}{'faster':>8}"
+        f"{'spec':<13}{'quantizer':<26}{'rounds':>6}{'error':>10}{'AQLM':>10}{'ratio':>7}"
+        f"{'stored':>10}{'AQLM':>10}{'ratio':>7}{'seconds':>9}{'AQLM':>9}{'faster':>8}"
+        f"{'first':>9}{'AQLM':>9}{'faster':>8}"
     ]
-    for spec in dict.fromkeys(row["spec"] for row in rows):
-        found = {row["quantizer"]: row for row in rows if row["spec"] == spec}
-        us, them = found["jaxcodec"], found.get("aqlm")
-        line = f"{spec:<13}"
+    references = {row["spec"]: row for row in rows if row["quantizer"] == "aqlm"}
+    for us in rows:
+        if us["quantizer"] == "aqlm":
+            continue
+        them = references.get(us["spec"])
+        line = f"{us['spec']:<13}{us['quantizer']:<26}{us['rounds_made']:>6}"
         for what, width, digits, invert in (
             ("error", 10, 6, False),
             ("stored_error", 10, 6, False),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import aqlm_matrix
+from jaxcodec.quantize.additive import AdditiveOptions
 from jaxcodec.spec import CodebookSpec
 
 OPTIONS = aqlm_matrix.Options(out=None, size=(64, 32), rounds=2, steps=3, repeats=1)
@@ -18,7 +19,8 @@ def problem():
 @pytest.fixture(scope="module")
 def row(problem):
     W, H = problem
-    return aqlm_matrix.ours(W, H, SPEC, OPTIONS)
+    how = AdditiveOptions(rounds=2, steps=3, tolerance=0.0)
+    return aqlm_matrix.ours(W, H, SPEC, aqlm_matrix.EQUAL, how, OPTIONS)
 
 
 def test_inputs_are_correlated_and_of_full_rank():
@@ -52,7 +54,7 @@ def test_columns_of_a_missing_reference_are_empty(row):
     rows = [{"spec": str(SPEC), **row}]
     assert f"{row['error']:.6f}" in aqlm_matrix.summary(rows)
     alone = aqlm_matrix.summary(rows).splitlines()[-1].split()
-    assert len(alone) == 5
+    assert len(alone) == 7
     theirs = row | {"quantizer": "aqlm", "error": 2 * row["error"], "spec": str(SPEC)}
     assert "0.500" in aqlm_matrix.summary([*rows, theirs]).splitlines()[-1]
 
