@@ -28,6 +28,8 @@ STAGES = {
 def merge(contents: Sequence[Row]) -> Row:
     """Contents of several files as one: each (base, spec, stage) once, the last one counts.
 
+    `runs` tells of every file what stands at its top: versions, date, commit, command, options.
+
     Raises:
       ValueError: files of two devices.
     """
@@ -35,10 +37,9 @@ def merge(contents: Sequence[Row]) -> Row:
     if len(devices) != 1:
         raise ValueError(f"The files are of several devices: {', '.join(sorted(devices))}.")
     rows = {_key(row): row for content in contents for row in content["rows"]}
-    options = {row["base"]: content["options"] for content in contents for row in content["rows"]}
     ordered = sorted(rows.values(), key=_place)
-    head = {k: v for k, v in contents[0].items() if k not in ("rows", "options")}
-    return head | {"options": options, "rows": ordered}
+    runs = [run for content in contents for run in _runs(content)]
+    return {"device": devices.pop(), "runs": runs, "rows": ordered}
 
 
 def pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
@@ -89,6 +90,13 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             lines.append(f"{after['base']} {after['spec']}: {stages}: {', '.join(worse)}")
     share = f"{len(compared) - len(lines)} of {len(compared)} stages improve on the last."
     return [*lines, share]
+
+
+def _runs(content: Row) -> list[Row]:
+    """What stands at the top of a file of one run, or of those that a file was merged from."""
+    if "runs" in content:
+        return content["runs"]
+    return [{k: v for k, v in content.items() if k not in ("device", "rows")}]
 
 
 def _key(row: Row) -> tuple[str, str, str]:

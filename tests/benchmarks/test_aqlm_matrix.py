@@ -55,8 +55,8 @@ def test_columns_of_a_missing_reference_are_empty(row):
     assert f"{row['error']:.6f}" in aqlm_matrix.summary(rows)
     alone = aqlm_matrix.summary(rows).splitlines()[-1].split()
     assert len(alone) == 7
-    theirs = row | {"quantizer": "aqlm", "error": 2 * row["error"], "spec": str(SPEC)}
-    assert "0.500" in aqlm_matrix.summary([*rows, theirs]).splitlines()[-1]
+    theirs = row | {"quantizer": aqlm_matrix.AQLM, "error": 2 * row["error"], "spec": str(SPEC)}
+    assert "0.500" in aqlm_matrix.summary([*rows, theirs]).splitlines()[1]
 
 
 def test_a_folder_without_aqlm_is_refused(problem, tmp_path):
@@ -70,3 +70,6 @@ def test_both_take_the_same_format():
     assert (arguments.num_codebooks, arguments.nbits_per_codebook) == (1, 4)
     assert (arguments.in_group_size, arguments.scale_nbits) == (4, 0)
     assert arguments.max_epochs == OPTIONS.rounds
+    assert arguments.relative_mse_tolerance is None
+    to_the_end = aqlm_matrix._arguments(SPEC, OPTIONS, "cpu", to_the_end=True)
+    assert (to_the_end.max_epochs, to_the_end.relative_mse_tolerance) == (1000, 0.01)

@@ -48,12 +48,15 @@ def test_the_table_stands_in_the_order_of_bits_and_stages():
 
 
 def test_files_become_one_and_the_last_row_counts():
-    first = {"device": "a GPU", "options": {"steps": "1"}, "rows": ROWS}
-    later = {"device": "a GPU", "options": {"steps": "1"}, "rows": [_row("pv", 9.0, 0.1)]}
+    first = {"device": "a GPU", "command": "1", "options": {"steps": "1"}, "rows": ROWS}
+    later = {"device": "a GPU", "command": "2", "rows": [_row("pv", 9.0, 0.1)]}
     merged = quality_tables.merge([first, later])
     assert len(merged["rows"]) == len(ROWS)
     assert [row["perplexity"] for row in merged["rows"] if row["stage"] == "pv"] == [9.0]
-    assert merged["options"] == {"shipped": {"steps": "1"}}
+    assert merged["runs"] == [{"command": "1", "options": {"steps": "1"}}, {"command": "2"}]
+    last = {"device": "a GPU", "command": "3", "rows": [_row("kl", 9.8, 0.22)]}
+    again = quality_tables.merge([merged, last])
+    assert [run["command"] for run in again["runs"]] == ["1", "2", "3"]
     with pytest.raises(ValueError, match="several devices"):
         quality_tables.merge([first, later | {"device": "another GPU"}])
 
