@@ -7,11 +7,13 @@ The reference is Vahe1994/AQLM, `aq_engine.AQEngine`, as its `main.py` runs it o
 X^T X in float64, its own learning rate and k-means. It is imported from the user's folder, and is
 left out where there is none. Both get the same W, the same H, one scale an output feature (all
 that AQLM has), as many rounds of as many Adam steps and of one beam search as the other, and the
-same beam; neither may stop early. Then ours runs as its `default` preset is, and the reference
-until a round of 100 steps gains less than the tolerance of its README's commands.
+same beam; neither may stop early. Then ours runs as its `default` preset is, and the reference,
+once, until a round of as many steps gains less than the tolerance of its README's commands. H is
+damped in none of them.
 
-The first time of each counts all compilation and warming up, the second is of the same work again.
-Ours also counts the search that follows the rounding of codebooks and scales to bfloat16.
+The first time in equal rounds counts all compilation and warming up, `seconds` is the least of the
+same work again. Ours also counts the search that follows the rounding of codebooks and scales to
+bfloat16.
 
 Letters: W [K, N], K input and N output features, H [K, K].
 """
@@ -62,7 +64,7 @@ class Options:
     """Quantize a matrix with both.
 
     Attributes:
-      out: JSON file of the results, written after every row.
+      out: JSON file of the results, written after every format.
       aqlm: a checkout of Vahe1994/AQLM; None for ours alone.
       size: K and N.
       formats: such as m2v8b8; the scale's group is K.
@@ -167,10 +169,10 @@ def reference(
     found, searches = None, 0
 
     class Engine(engine_module.AQEngine):
-        def beam_search_update_codes_(self, *arguments, **options):
+        def beam_search_update_codes_(self, *arguments, **keywords):
             nonlocal searches
             searches += 1
-            return super().beam_search_update_codes_(*arguments, **options)
+            return super().beam_search_update_codes_(*arguments, **keywords)
 
     for _ in range(1 if to_the_end else options.repeats):
         wait()

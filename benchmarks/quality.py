@@ -10,7 +10,7 @@ stages, each with all that comes before it but for the last two, which start ali
 
     dense     the base itself
     kmeans    codebooks by k-means, without data
-    search    Adam and beam search against H, block after block (the `default` preset)
+    search    Adam and beam search against H, block after block (by default the `default` preset)
     block     and the floats of each block tuned on the dense block's outputs
     kl        from there all floats of the model, end to end, on KL(dense || model)
     pv        from there too, for as many steps of the same data: PV-Tuning, the codes as well

@@ -28,7 +28,8 @@ STAGES = {
 def merge(contents: Sequence[Row]) -> Row:
     """Contents of several files as one: each (base, spec, stage) once, the last one counts.
 
-    `runs` tells of every file what stands at its top: versions, date, commit, command, options.
+    `runs` tells of every file what stands at its top: versions, date, commit, command, options; a
+    row does not tell of which it is.
 
     Raises:
       ValueError: files of two devices.

@@ -50,6 +50,14 @@ def test_every_round_is_made_and_what_is_stored_is_measured(row):
     assert row["stored_error"] == pytest.approx(row["stages"][-1]["error"], rel=1e-4)
 
 
+def test_without_the_reference_there_are_two_rows(row):
+    equal, default = aqlm_matrix.measure(OPTIONS, "m1v4b4")
+    assert (equal["quantizer"], default["quantizer"]) == (aqlm_matrix.EQUAL, aqlm_matrix.DEFAULT)
+    assert (equal["spec"], equal["K"], equal["N"]) == (str(SPEC), *OPTIONS.size)
+    assert equal["rounds_made"] == OPTIONS.rounds < default["rounds_made"]
+    assert default["error"] < equal["error"]
+
+
 def test_columns_of_a_missing_reference_are_empty(row):
     rows = [{"spec": str(SPEC), **row}]
     assert f"{row['error']:.6f}" in aqlm_matrix.summary(rows)
