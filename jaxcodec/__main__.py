@@ -5,6 +5,7 @@ inspect     print what a model directory holds
 convert     write a quantized model in another layout
 """
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -28,8 +29,8 @@ def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "a
       out: directory of the result: config.json, weights, tokenizer and report; new or empty.
       to: our layout, that of CodeGEMM's own code, or AQLM's for transformers.
     """
+    from jaxcodec.command_line import when_stopped
     from jaxcodec.models.convert import convert_model
-    from jaxcodec.train.command_line import when_stopped
     from jaxcodec.train.progress import progress
 
     with when_stopped("Nothing was written; convert anew."):
@@ -38,7 +39,7 @@ def convert(model: Path, out: Path, /, *, to: Literal["jaxcodec", "codegemm", "a
 
 def main() -> None:
     """Run the command line; what ends it early is one sentence: see `ended_by_a_sentence`."""
-    from jaxcodec.train.command_line import ended_by_a_sentence
+    from jaxcodec.command_line import ended_by_a_sentence, refuse_repeated_options
 
     full_device = (
         "Fewer sequences at once (--batch-size), or shorter ones (--length), need less, and make "
@@ -49,6 +50,7 @@ def main() -> None:
 
         from jaxcodec.train.quantize import quantize
 
+        refuse_repeated_options(sys.argv[1:])
         commands = {"quantize": quantize, "inspect": inspect, "convert": convert}
         tyro.extras.subcommand_cli_from_dict(commands, prog="jaxcodec")
 

@@ -14,6 +14,7 @@ from jaxcodec.checkpoints.layouts import config_in, layout_named
 from jaxcodec.checkpoints.safetensors import write_tensors
 from jaxcodec.models.load import (
     CONFIG_FILE,
+    GENERATION_FILE,
     REPORT_FILE,
     TOKENIZER_FILES,
     Checkpoint,
@@ -25,7 +26,7 @@ from jaxcodec.tensor import CodebookTensor
 
 Report = Callable[[int, str, float], None]
 # What else belongs to a model: all of it says the same in every layout.
-COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", REPORT_FILE)
+COMPANIONS = (*TOKENIZER_FILES, GENERATION_FILE, REPORT_FILE)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from jaxcodec.models.transformer import Model, Specs, abstract_model, linear_sha
 from jaxcodec.tensor import FIELDS, FLOAT_DTYPES, CodebookTensor
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+MOST_NAMED = 8  # tensors that do not match: a sentence, not a page
 REPORT_FILE = "quantization.json"  # how a quantized model was made
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 TOKENIZER_FILES = (
@@ -231,10 +233,16 @@ def _without_derived(tensors: dict[str, np.ndarray], config: ModelConfig) -> dic
     return {name: t for name, t in tensors.items() if not _DERIVED.fullmatch(name)}
 
 
+def _some(names: Collection[str]) -> str:
+    """The first names of many."""
+    shown = sorted(names)[:MOST_NAMED]
+    return ", ".join(shown) + (f" and {more} more" if (more := len(names) - len(shown)) else "")
+
+
 def _check_names(directory: Path, tensors: Mapping[str, Any], names: Iterable[str]) -> None:
     expected = set(names)
     problems = [
-        f"{what} {', '.join(sorted(which))}"
+        f"{what} {_some(which)}"
         for what, which in (
             ("missing", expected - tensors.keys()),
             ("not expected", tensors.keys() - expected),

@@ -192,9 +192,11 @@ def main() -> None:
     """
     import tyro
 
-    options = tyro.cli(Options, prog="python -m jaxcodec.serve")
+    from jaxcodec.command_line import refuse_repeated_options
+
     try:
-        outputs = serve(options)
+        refuse_repeated_options(sys.argv[1:])
+        outputs = serve(tyro.cli(Options, prog="python -m jaxcodec.serve"))
     except (OSError, ValueError, MemoryError) as error:
         print(f"error: {str(error) or type(error).__name__}", file=sys.stderr)
         sys.exit(2)

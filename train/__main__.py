@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcodec.checkpoints.files import read_json, write_json
+from jaxcodec.command_line import ended_by_a_sentence, when_stopped
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, save_model
@@ -38,7 +39,6 @@ from jaxcodec.models.scheme import CONVENTIONAL, ICARUS, PREFILL_SHARE, Scheme
 from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
-from jaxcodec.train.command_line import ended_by_a_sentence, when_stopped
 from jaxcodec.train.data import read_examples
 from jaxcodec.train.loop import LOG, TrainOptions, held_out_losses, train
 from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text

@@ -94,7 +94,7 @@ def tune_block(
     Raises:
       ValueError: too few sequences to hold one batch out of two; outputs that are not finite.
     """
-    split = held_out_from(len(inputs), batch_size, options.held_out)
+    split = held_out_from(len(inputs), batch_size, options)
     held_out = slice(split, None)
     before = best = output_error(block, inputs[held_out], targets[held_out], batch_size, place)
     if not np.isfinite(before):
@@ -189,19 +189,21 @@ def _root_mean_square(x: jax.Array) -> jax.Array:
     return jnp.where(mean > 0, jnp.sqrt(mean), 1.0)
 
 
-def held_out_from(count: int, batch_size: int, share: float) -> int:
+def held_out_from(count: int, batch_size: int, options: TuningOptions) -> int:
     """The first sequence that is held out: whole batches, at least one on either side.
+
+    Where nothing is tuned, all may be.
 
     Raises:
       ValueError: too few sequences for that.
     """
-    held_out = max(round(share * count / batch_size), 1) * batch_size
-    if held_out >= count:
+    held_out = max(round(options.held_out * count / batch_size), 1) * batch_size
+    if held_out >= count and options.epochs:
         raise ValueError(
             f"{count} calibration sequences in batches of {batch_size} leave none to tune on "
             f"beside {held_out} held out: give more sequences, or smaller batches."
         )
-    return count - held_out
+    return max(count - held_out, 0)
 
 
 def _shuffled(count: int, batch_size: int, seed: tuple[int, int]) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -48,6 +49,8 @@ from jaxcodec.train.quantization_progress import QuantizationProgress
 from jaxcodec.train.quantization_report import BlockReport, LinearReport, QuantizationReport
 from jaxcodec.train.quantized_blocks import read_block, write_block
 
+SEEDS = 2**32  # what a key of JAX holds of a seed without 64-bit integers
+
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeOptions:
@@ -59,7 +62,10 @@ class QuantizeOptions:
       batch_size: calibration sequences on the device at once, and in a step of tuning.
       activations: where hidden states of all calibration sequences lie between blocks: n T D
         numbers, twice.
-      seed: of all random choices.
+      seed: of all random choices, in [0, 2**32).
+
+    Raises:
+      ValueError: a field out of range.
     """
 
     matrix: AdditiveOptions = MATRIX_PRESETS["default"]
@@ -71,6 +77,8 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {self.seed}.")
         if self.activations not in ("memory", "disk"):
             raise ValueError(f"activations must be memory or disk, got {self.activations!r}.")
 
@@ -98,30 +106,32 @@ def select_specs(
         whole first block.
 
     Raises:
-      ValueError: an expression that is none, or that no linear answers to.
+      ValueError: an expression that is none, that no linear answers to, or that never counts.
     """
     names = [name for name, _ in linear_shapes(config)]
-    patterns = []
-    for expression, chosen in overrides:
+    chosen: dict[str, CodebookSpec | None] = {}
+    for expression, other in overrides:
         try:
-            patterns.append((re.compile(expression), chosen))
+            found = [name for name in names if re.search(expression, name)]
         except re.error as error:
             raise ValueError(f"{expression!r} is no regular expression: {error}.") from None
-        if not any(patterns[-1][0].search(name) for name in names):
+        if not found:
             raise ValueError(
                 f"{expression!r} is found in no linear of the model; the first is {names[0]}."
             )
-    formats = []
-    for name in names:
-        chosen = next((c for pattern, c in patterns if pattern.search(name)), spec)
-        if chosen is not None:
-            formats.append((name, chosen))
-    return tuple(formats)
+        if chosen.keys() >= set(found):
+            raise ValueError(
+                f"{expression!r} never counts: whatever it is found in, an expression before it is "
+                "found in, too. Give the narrower one first."
+            )
+        chosen |= {name: other for name in found if name not in chosen}
+    formats = ((name, chosen.get(name, spec)) for name in names)
+    return tuple((name, one) for name, one in formats if one is not None)
 
 
 def quantize_model(
     model: Model,
-    spec: CodebookSpec | Specs,
+    spec: str | CodebookSpec | Specs,
     calibration: np.ndarray | None = None,
     options: QuantizeOptions = PRESETS["default"],
     directory: str | os.PathLike | None = None,
@@ -136,7 +146,8 @@ def quantize_model(
 
     Args:
       model: dense, without a bank of adapters; its arrays may lie in host memory. Biases stay.
-      spec: of all linears, or (path, spec) of those to quantize: see `select_specs`.
+      spec: of all linears, such as "m2v8g128", or (path, spec) of those to quantize: see
+        `select_specs`.
       calibration: int32 [n, T], sequences such as the model will see; None for none.
       options: such as PRESETS["fast"].
       directory: where finished blocks are kept; None for nowhere.
@@ -152,6 +163,7 @@ def quantize_model(
       OSError: a full disk; finished blocks are kept.
     """
     specs, place = _specs(model, spec), Placement(mesh)
+    _check_finite(model, specs)
     directory = None if directory is None else Path(directory)
     if calibration is not None:
         _check_calibration(model.config, calibration, options, place)
@@ -305,12 +317,30 @@ def _linear_report(
     )
 
 
-def _specs(model: Model, spec: CodebookSpec | Specs) -> Specs:
+def _check_finite(model: Model, specs: Specs) -> None:
+    """A weight of the last block that is no number is better found before the first one's hour."""
+    for layer in range(model.config.num_layers):
+        kernels = take_block(model, layer).kernels
+        for path, _ in _within(specs, layer):
+            if bad := int(_count_not_finite(kernels[path])):
+                raise ValueError(
+                    f"layers.{layer}.{path} holds {bad} values that are NaN or infinite; quantize "
+                    "finite weights."
+                )
+
+
+@jax.jit
+def _count_not_finite(W: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(W))
+
+
+def _specs(model: Model, spec: str | CodebookSpec | Specs) -> Specs:
     """(path, spec) of the linears to quantize, in the model's order; all of them fit."""
     if model.specs:
         name, before = model.specs[0]
         raise ValueError(f"{name} is already quantized, as {before}; quantize the dense model.")
     shapes = dict(linear_shapes(model.config))
+    spec = CodebookSpec.parse(spec) if isinstance(spec, str) else spec
     chosen = dict.fromkeys(shapes, spec) if isinstance(spec, CodebookSpec) else dict(spec)
     if unknown := chosen.keys() - shapes.keys():
         raise ValueError(f"The model has no linear {', '.join(sorted(unknown))}.")
@@ -369,4 +399,4 @@ def _check_calibration(
             f"knows 0 to {config.vocab_size - 1}: they were made with another tokenizer."
         )
     place.check_batch(options.batch_size, len(calibration))
-    held_out_from(len(calibration), options.batch_size, options.tuning.held_out)
+    held_out_from(len(calibration), options.batch_size, options.tuning)

@@ -81,10 +81,11 @@ class BlockReport:
 
 @dataclasses.dataclass(frozen=True)
 class QuantizationReport:
-    """All linears of a model's blocks.
+    """Linears of a model's blocks.
 
     Attributes:
-      linears: in the model's order.
+      linears: in the model's order: those that were quantized where the report is of that, all of
+        them where it is of `inspect_model`.
       nbytes: bytes of the whole model, embeddings, norms and head included.
       blocks: how each block came about; empty where that is not known.
     """
@@ -110,7 +111,7 @@ class QuantizationReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Mean over the weights of all linears."""
+        """Mean over the weights of `linears`."""
         weights = [linear.K * linear.N for linear in self.linears]
         return sum(
             linear.bits_per_weight * w for linear, w in zip(self.linears, weights, strict=True)

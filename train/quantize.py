@@ -12,21 +12,28 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxcodec.checkpoints.files import read_json
-from jaxcodec.models.load import CONFIG_FILE, copy_tokenizer, load_model, save_model
+from jaxcodec.command_line import when_stopped
+from jaxcodec.models.load import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    copy_tokenizer,
+    load_model,
+    save_model,
+)
 from jaxcodec.models.sharding import make_mesh
 from jaxcodec.models.tokenizer import PretrainedTokenizer, Tokenizer
-from jaxcodec.models.transformer import Model
+from jaxcodec.models.transformer import Model, Specs, linear_shapes
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.train.calibration import read_calibration
 from jaxcodec.train.checkpoint import MANIFEST, check_claim
-from jaxcodec.train.command_line import when_stopped
 from jaxcodec.train.ptq import PRESETS, claim_run, quantize_model, select_specs
 from jaxcodec.train.quantization_figure import write_figure
-from jaxcodec.train.quantization_report import QuantizationReport, read_report
+from jaxcodec.train.quantization_report import QuantizationReport, inspect_model
 from jaxcodec.train.quantized_blocks import FOLDER
 
 COMPILED = "compiled"
@@ -77,6 +84,7 @@ def quantize(
     check_claim(out)
     dense = load_on_host(model)
     specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
+    _warn_of_growth(dense, specs)
     calibration = None
     if data is not None:
         longest = min(length, dense.config.max_positions)
@@ -89,9 +97,7 @@ def quantize(
         with when_stopped(how_to_go_on), compiled_programs_in(out / COMPILED):
             quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
             _write(out, quantized, report, model)
-    for folder in (FOLDER, COMPILED):
-        shutil.rmtree(out / folder, ignore_errors=True)
-    print(read_report(out))
+    print(_finish(out))
 
 
 def load_on_host(directory: Path) -> Model:
@@ -104,11 +110,47 @@ def load_on_host(directory: Path) -> Model:
         return load_model(directory)
 
 
-def _write(out: Path, model: Model, report: QuantizationReport, tokenizer: Path) -> None:
+def _write(out: Path, model: Model, report: QuantizationReport, source: Path) -> None:
+    """The result; of the source's config.json what jaxcodec does not know is kept."""
     report.write(out)
     write_figure(out, report)
-    copy_tokenizer(tokenizer, out)
-    save_model(out, model)
+    copy_tokenizer(source, out)
+    if (source / GENERATION_FILE).is_file():
+        shutil.copy(source / GENERATION_FILE, out)
+    known = model.config.to_hf().keys() | {"torch_dtype", "dtype"}
+    kept = {k: v for k, v in read_json(source / CONFIG_FILE).items() if k not in known}
+    save_model(out, model, kept)
+
+
+def _finish(out: Path) -> QuantizationReport:
+    """What a finished run left; what it would have gone on from is removed.
+
+    Raises:
+      ValueError: the result is damaged, or not all there; nothing is removed.
+    """
+    try:
+        report = inspect_model(out)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out} holds a finished run whose files are damaged: {error} Remove its "
+            f"{CONFIG_FILE}, and the same command makes what is missing again."
+        ) from None
+    for folder in (FOLDER, COMPILED):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    return report
+
+
+def _warn_of_growth(model: Model, specs: Specs) -> None:
+    """Codebooks that are large beside a small matrix can make it larger than it was."""
+    shapes, before = dict(linear_shapes(model.config)), 8 * jnp.dtype(model.dtype).itemsize
+    bits = {name: spec.bits_per_weight(*shapes[name], before) for name, spec in specs}
+    grown = [f"{name} {now:.1f}" for name, now in bits.items() if now >= before]
+    if grown:
+        print(
+            f"{len(grown)} linears take no less than their {before} bits per weight, codebooks "
+            f"counted, the first {grown[0]}: leave them dense, or give them fewer bits.",
+            flush=True,
+        )
 
 
 def _read(

@@ -74,7 +74,12 @@ def read_block(
         for name, x in tensors.items()
     }
     block = BlockModel(dense.config, nnx.from_flat_state(variables), specs)
-    return block, BlockReport.from_json(json.loads(metadata[_REPORT]))
+    try:
+        return block, BlockReport.from_json(json.loads(metadata[_REPORT]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no report of this version ({error!r}): remove it."
+        ) from None
 
 
 def _path(directory: Path, layer: int) -> Path:

@@ -315,7 +315,8 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
     if least < 0 or mean == 0:
         raise ValueError(
             "H must be X^T X / tokens of inputs that are not all zero; the mean of its diagonal "
-            f"is {mean:.3g}, the least value there {least:.3g}."
+            f"is {mean:.3g}, the least value there {least:.3g}. Leave a linear dense that is never "
+            "given anything."
         )
     return (H + H.T) / 2 + damping * mean * jnp.eye(K)
 

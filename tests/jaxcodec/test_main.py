@@ -75,6 +75,11 @@ def test_convert_writes_another_layout_that_inspect_shows(
         (["quantize", "{tmp}/model", "--spec", "2bit", "--out", "{tmp}/out"], "such as m2v8g128"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g32", "--out", "{tmp}/model"], "is not empty"),
         (["quantize", "{tmp}/model", "--spec", "m1v4g128", "--out", "{tmp}/out"], "layers.0."),
+        (
+            ["quantize", "{tmp}/model", "--spec", "m1v2b2g32", "--out", "{tmp}/out"]
+            + ["--layers", "q_proj=dense", "--layers", "k_proj=dense"],
+            "--layers is given 2 times: give it once, and all its values after it.",
+        ),
         (["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"], "is dense"),
         (["convert", "{tmp}/nowhere", "{tmp}/out", "--to", "aqlm"], "There is no checkpoint"),
     ],

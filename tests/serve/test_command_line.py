@@ -97,14 +97,17 @@ def test_prompts_are_answered_and_bad_lines_reported(
         (["--icarus", "new=/no/such/place"], "/no/such/place"),
         (["--trace", "/"], "--trace must be a file"),
         (["--prompts", "/no/such/file"], "There is no file /no/such/file"),
+        (["--icarus", "a=x", "--icarus", "b=y"], "--icarus is given 2 times"),
     ],
 )
 def test_what_cannot_start_says_why(
     arguments: list[str], message: str, directory: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     (tmp_path / "prompts.jsonl").write_text("")
-    given = ["--model", directory / "base", "--prompts", tmp_path / "prompts.jsonl"]
-    assert run(monkeypatch, *given, "--out", tmp_path / "out.jsonl", *arguments) == 2
+    given = ["--model", directory / "base", "--out", tmp_path / "out.jsonl"]
+    if "--prompts" not in arguments:
+        given += ["--prompts", tmp_path / "prompts.jsonl"]
+    assert run(monkeypatch, *given, *arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
 

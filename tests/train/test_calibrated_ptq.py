@@ -169,6 +169,9 @@ def test_a_damaged_block_is_refused(dense: Model, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"00001\.safetensors {sentence}"):
             quantize_model(dense, SPEC, None, options, tmp_path, quiet=True)
+    path.write_bytes(whole.replace(b"seconds", b"minutes"))  # of a report of another version
+    with pytest.raises(ValueError, match=r"00001\.safetensors holds no report of this version"):
+        quantize_model(dense, SPEC, None, options, tmp_path, quiet=True)
 
 
 def test_hidden_states_on_disk_change_nothing(dense: Model, whole, tmp_path: Path) -> None:
@@ -244,6 +247,26 @@ def test_formats_are_mixed_by_name(dense: Model) -> None:
         ".".join(map(str, p[:-1])) for p, _ in nnx.to_flat_state(model.weights) if p[-1] == "kernel"
     }
     assert kept == names - formats.keys()
+
+
+def test_an_exception_that_never_counts_is_refused(dense: Model) -> None:
+    wide = CodebookSpec.parse("m1v4b4g32")
+    overrides = [("o_proj", wide), (r"layers\.0\.", None)]
+    narrow = select_specs(dense.config, SPEC, overrides)  # what is left of block 0 stays dense
+    assert [name for name, _ in narrow if name.startswith("layers.0.")] == [
+        "layers.0.self_attn.o_proj"
+    ]
+    with pytest.raises(ValueError, match=r"'layers.*o_proj' never counts"):
+        select_specs(dense.config, SPEC, [*overrides, (r"layers\.1\..*o_proj", None)])
+
+
+def test_without_tuning_any_number_of_sequences_will_do(dense: Model) -> None:
+    options = QuantizeOptions(AdditiveOptions(1, 0, rounds=0), TuningOptions(epochs=0))
+    _, report = quantize_model(dense, SPEC, TOKENS[:1], options, quiet=True)
+    assert all(block.tuning.before > 0 for block in report.blocks if block.tuning is not None)
+    tuned = dataclasses.replace(options, tuning=TuningOptions(epochs=1))
+    with pytest.raises(ValueError, match="leave none to tune on"):
+        quantize_model(dense, SPEC, TOKENS[:1], tuned, quiet=True)
 
 
 @pytest.mark.parametrize(

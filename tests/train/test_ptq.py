@@ -18,6 +18,7 @@ from jaxcodec.models.transformer import Model, init_model, linear_shapes
 from jaxcodec.quantize.additive import AdditiveOptions
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor, dequantize
+from jaxcodec.train import ptq
 from jaxcodec.train.block_tuning import TuningOptions
 from jaxcodec.train.ptq import PRESETS, QuantizeOptions, quantize_model
 from jaxcodec.train.quantization_report import QuantizationReport, inspect_model
@@ -130,13 +131,25 @@ def test_a_layer_that_the_spec_cannot_hold_is_named(dense: Model) -> None:
         quantize_model(dense, CodebookSpec.parse("m1v4g128"), quiet=True)
 
 
-def test_weights_that_are_not_finite_are_named(dense: Model) -> None:
+def test_weights_that_are_not_finite_are_named(dense: Model, monkeypatch) -> None:
     flat = dict(nnx.to_flat_state(dense.weights))
     path = ("layers", 0, "mlp", "up_proj", "kernel")
     flat[path] = nnx.Param(flat[path].get_value().at[0, 0].set(jnp.nan))
     broken = dataclasses.replace(dense, weights=nnx.from_flat_state(flat))
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj: W holds 1 values that are NaN"):
+    monkeypatch.setattr(ptq, "_quantize_block", None)  # before any work
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj holds 1 values that are NaN"):
         quantize_model(broken, SPEC, options=KMEANS, quiet=True)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, None])
+def test_a_seed_that_is_none_is_refused(seed) -> None:
+    with pytest.raises(ValueError, match="seed must be a whole number from 0 to 4294967295"):
+        dataclasses.replace(KMEANS, seed=seed)
+
+
+def test_a_format_may_be_named(dense: Model, quantized) -> None:
+    named, _ = quantize_model(dense, str(SPEC), options=KMEANS, quiet=True)
+    assert named.specs == quantized[0].specs
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized) -> None:

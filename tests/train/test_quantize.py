@@ -27,6 +27,9 @@ def test_the_result_loads_and_the_same_command_finds_it(
     base: Path, text: Path, tmp_path: Path, capsys
 ) -> None:
     out = tmp_path / "out"
+    (base / "generation_config.json").write_text("{}")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"their_own": 1}))
     options = {"spec": SPEC, "out": out, "data": text, "preset": "kmeans", "length": 16}
     options |= {"sequences": 18, "batch_size": 4, "layers": ("down_proj=dense", "q_proj=m2v4b4g32")}
     quantize(base, **options)
@@ -37,16 +40,36 @@ def test_the_result_loads_and_the_same_command_finds_it(
     assert "down_proj" not in formats
     files = {path.name for path in out.iterdir()}
     expected = {"run.json", "config.json", "model.safetensors", "tokenizer.json"}
-    assert files >= expected | {"quantization.json", "quantization.svg"}
+    assert files >= expected | {"quantization.json", "quantization.svg", "generation_config.json"}
+    assert json.loads((out / "config.json").read_text())["their_own"] == 1
     assert not files & {"blocks", "compiled"}
     before = (out / "model.safetensors").stat().st_mtime_ns
     (out / "blocks").mkdir()  # killed before it was removed
     quantize(base, **options)
     assert not (out / "blocks").exists()
-    assert "output error of the blocks" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"{inspect_model(out)}\n")
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds another run: seed was 0 and is 7"):
         quantize(base, **options, seed=7)
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(ValueError, match="finished run whose files are damaged: .*Remove its conf"):
+        quantize(base, **options)
+    (out / "config.json").unlink()
+    quantize(base, **options)
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_a_format_that_makes_a_linear_larger_is_told(base: Path, tmp_path: Path, capsys) -> None:
+    layers = ("q_proj=m1v4b8g32", r"\.=dense")
+    quantize(base, spec=SPEC, out=tmp_path / "out", preset="kmeans", layers=layers)
+    # float32 here: 2 bits of codes, 8 of codebooks (256 x 4 of 32 bits for 64 x 64), 1 of scales.
+    assert "take no less" not in capsys.readouterr().out
+    layers = ("q_proj=m4v4b8g32", r"\.=dense")
+    quantize(base, spec=SPEC, out=tmp_path / "large", preset="kmeans", layers=layers)
+    found = capsys.readouterr().out
+    assert "1 linears take no less than their 32 bits per weight" in found
+    assert "layers.0.self_attn.q_proj 41.0" in found
 
 
 def test_the_report_tells_bits_and_errors_of_every_linear(

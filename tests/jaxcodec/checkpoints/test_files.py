@@ -70,6 +70,17 @@ def test_a_directory_appears_whole(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["deep", "empty"]
 
 
+def test_a_link_to_a_directory_stays_one(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for name in ("there", "not yet"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / name)
+        with new_directory(link) as directory:
+            (directory / "file").write_text("new")
+        assert link.is_symlink()
+        assert os.listdir(tmp_path / name) == ["file"]
+
+
 def interrupted_directory(path: Path) -> None:
     with new_directory(path) as directory:
         (directory / "file").write_text("new")

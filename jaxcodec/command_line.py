@@ -1,8 +1,9 @@
 """How a command ends that cannot go on: with a sentence, never with a traceback."""
 
+import collections
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -30,6 +31,20 @@ def ended_by_a_sentence(program: str, full_device: str) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         print(f"{program}: Stopped. {interrupt}".rstrip(), file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def refuse_repeated_options(arguments: Sequence[str]) -> None:
+    """Of an option that is given twice the parser would take the last, without a word.
+
+    Raises:
+      ValueError: names the option.
+    """
+    names = [text.partition("=")[0] for text in arguments if text.startswith("--")]
+    for name, count in collections.Counter(name.replace("_", "-") for name in names).items():
+        if count > 1:
+            raise ValueError(
+                f"{name} is given {count} times: give it once, and all its values after it."
+            )
 
 
 @contextlib.contextmanager
