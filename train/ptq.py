@@ -166,6 +166,7 @@ def quantize_model(
     _check_finite(model, specs)
     directory = None if directory is None else Path(directory)
     if calibration is not None:
+        calibration = np.asarray(calibration)
         _check_calibration(model.config, calibration, options, place)
     if directory is not None:
         claim_run(model, specs, calibration, options, directory, place.name)

@@ -69,18 +69,16 @@ class AdditiveOptions:
     damping: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("iterations", 1),
-            ("refinements", 0),
-            ("rounds", 0),
-            ("steps", 0),
-            ("beam", 1),
-            ("tolerance", 0),
-            ("damping", 0),
-            ("learning_rate", 0),
-        ):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        least = {"iterations": 1, "refinements": 0, "rounds": 0, "steps": 0, "beam": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < smallest:
+                raise ValueError(
+                    f"{name} must be a whole number, at least {smallest}, got {value}."
+                )
+        for name in ("learning_rate", "tolerance", "damping"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}.")
 
 
 PRESETS = {
