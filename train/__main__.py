@@ -13,6 +13,7 @@ Every command runs the function of its name here, which scripts can import.
 
 import dataclasses
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.command_line import ended_by_a_sentence, when_stopped
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, save_model
+from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, open_model, save_model
 from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
@@ -40,7 +41,7 @@ from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train import evaluate as evaluation
 from jaxcodec.train.data import read_examples
-from jaxcodec.train.loop import LOG, TrainOptions, held_out_losses, train
+from jaxcodec.train.loop import LOG, TrainOptions, check_held_out, held_out_losses, train
 from jaxcodec.train.perplexity import BATCH_TOKENS, WINDOW, agreement, perplexity, read_text
 from jaxcodec.train.pv_tuning import PVOptions, changed_share, pv_tuning
 from jaxcodec.train.step import (
@@ -85,6 +86,9 @@ class Run:
     max_length: int = 256
     dtype: Dtype | None = None
     options: TrainOptions = TrainOptions()
+
+    def __post_init__(self) -> None:
+        check_held_out(self.options, self.eval_data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +195,7 @@ class Evaluate:
       text: a text to measure the perplexity of.
       window: tokens of a window of it; None for 2048, or the model's context if that is less.
       stride: tokens from window to window; None for `window`.
-      tail: score what follows the last full window too.
+      tail: score what follows the last full window too, or a text of less than one.
       batch_tokens: tokens of the text at once.
       dense: directory of a dense model, to measure agreement with it on the text.
       data: JSONL of {"prompt", "completion"}, to measure the loss of completions and the share of
@@ -266,13 +270,19 @@ def conventional(run: Conventional) -> Model | Adapter:
 
 
 def distill(run: Distill) -> Model:
-    """Train floats towards a teacher; save to `run.out / "model"`, report to "report.json"."""
+    """Train floats towards a teacher; save to `run.out / "model"`, report to "report.json".
+
+    Raises:
+      ValueError: the teacher is quantized, or the model is not.
+    """
+    _check_dense("teacher", run.teacher)
     model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
     return _tune(distillation(model, teacher), run, model)
 
 
 def pv_tune(run: PVTune) -> Model:
-    """Train floats and codes towards a teacher; save and report as `distill` does."""
+    """Train floats and codes towards a teacher; save, report and refuse as `distill` does."""
+    _check_dense("teacher", run.teacher)
     model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
     return _tune(pv_tuning(model, teacher, run.codes), run, model)
 
@@ -281,14 +291,11 @@ def evaluate(run: Evaluate) -> None:
     """Measure a model, print the result as JSON, and write it to `run.out`; progress is on stderr.
 
     Raises:
-      ValueError: nothing is asked for, a dense model without a text, or one whose tokenizer makes
-        other tokens of it; and as `perplexity`, `agreement` and `evaluate.evaluate`.
+      ValueError: nothing is asked for, a dense model without a text, one that is quantized, or one
+        whose tokenizer makes other tokens of the text; windows of no text; an `out` that cannot be
+        written; and as `perplexity`, `agreement` and `evaluate.evaluate`.
     """
-    if run.text is None and (run.data is None or run.dense is not None):
-        raise ValueError(
-            "evaluate measures perplexity on --text, with --dense also agreement there, and "
-            "answers on --data: give at least one of --text and --data, and --dense with --text."
-        )
+    _check_evaluation(run)
     model = _load(run.model, run.dtype)
     if run.adapter is not None:
         adapter = load_adapter(run.adapter, model)
@@ -299,6 +306,9 @@ def evaluate(run: Evaluate) -> None:
     result: dict[str, Any] = {"model": run.model.name, "scheme": run.scheme}
     if run.adapter is not None:
         result["adapter"] = run.adapter.name
+    answering = {"max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size}
+    if run.data is not None:  # refused now, not once the text is measured
+        evaluation.read_questions(run.data, tokenizer, model.config.max_positions, **answering)
     if run.text is not None:
         result |= _evaluate_text(run, run.text, tokenizer, model, base)
     if run.data is not None:
@@ -308,13 +318,49 @@ def evaluate(run: Evaluate) -> None:
             model,
             SCHEMES[run.scheme],
             base,
-            max_new_tokens=run.max_new_tokens,
-            batch_size=run.batch_size,
+            **answering,
             quiet=False,
         )
     print(json.dumps(result, indent=2))
     if run.out is not None:
         write_json(run.out, result)
+
+
+def _check_evaluation(run: Evaluate) -> None:
+    """Refuse what can be refused before a model is loaded."""
+    if run.text is None and (run.data is None or run.dense is not None):
+        raise ValueError(
+            "evaluate measures perplexity on --text, with --dense also agreement there, and "
+            "answers on --data: give at least one of --text and --data, and --dense with --text."
+        )
+    if run.text is None and (run.window is not None or run.stride is not None or run.tail):
+        raise ValueError("--window, --stride and --tail cut a text into windows: give --text too.")
+    if run.dense is not None:
+        _check_dense("dense", run.dense)
+    if run.out is not None:
+        _check_file(run.out)
+
+
+def _check_dense(option: str, directory: Path) -> None:
+    if specs := open_model(directory).specs:
+        raise ValueError(
+            f"--{option} {directory} is a quantized model ({len(specs)} linears with codebooks): "
+            "give the directory of the dense model that it was made from."
+        )
+
+
+def _check_file(path: Path) -> None:
+    """Refuse an --out that could not be written, which would be found out after all the work."""
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a directory: give a file to write the result to.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"--out {path} cannot be written ({error.strerror}): give another file."
+        ) from error
 
 
 def _evaluate_text(

@@ -4,6 +4,7 @@ run.json        the manifest: options, and hashes of data and weights
 checkpoints/N   state after step N and position in the data, written by orbax
 """
 
+import asyncio
 import contextlib
 import errno
 import hashlib
@@ -11,6 +12,7 @@ import logging
 import os
 import reprlib
 import shutil
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +28,9 @@ from jaxcodec.train.step import TrainState
 MANIFEST = "run.json"
 CHECKPOINTS = "checkpoints"
 MOST_NAMED = 8  # differences of two runs: a sentence, not a page
+MOST_SAID = 200  # characters of what TensorStore says, which is pages too
+# Orbax's words for a checkpoint that is whole, and of another model.
+OTHER_LEAVES = ("structures do not match", "not compatible with the stored shape")
 _SHORT = reprlib.Repr(maxstring=64, maxother=64)
 
 
@@ -149,7 +154,7 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: there is no checkpoint.
-          ValueError: it holds other leaves than `like`.
+          ValueError: it holds other leaves than `like`, or it is damaged; then it says what to do.
         """
         if self.latest is None:
             raise FileNotFoundError(f"{self._manager.directory} holds no checkpoint.")
@@ -157,9 +162,36 @@ class Checkpoints:
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
         )
-        restored: Any = self._manager.restore(self.latest, args=args)
+        restored: Any = None
+        with _unlogged(), _patient_loops():
+            try:
+                restored = self._manager.restore(self.latest, args=args)
+            except Exception as error:  # TensorStore's own are of no narrower class
+                raise self._refusal(error.__cause__ or error) from None
         leaves = [restored["state"][name] for name in _named_leaves(like)]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["data"]
+
+    def _refusal(self, reason: BaseException) -> BaseException:
+        """What to raise where the newest checkpoint cannot be read."""
+        said = str(reason.args[0] if isinstance(reason, KeyError) else reason)
+        no_damage = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+        if not isinstance(reason, Exception) or isinstance(reason, no_damage):
+            return reason
+        if any(status in said for status in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
+            return reason
+        shown = textwrap.shorten(said, MOST_SAID)
+        what = f"The checkpoint of step {self.latest} in {self._manager.directory}"
+        if any(words in said for words in OTHER_LEAVES):
+            return ValueError(
+                f"{what} holds other arrays than this run ({shown}): another version of the "
+                "library wrote it, go on with that one or give another directory."
+            )
+        before = [step for step in self._manager.all_steps() if step != self.latest]
+        where = f"goes on from step {max(before)}" if before else "begins anew"
+        return ValueError(
+            f"{what} is damaged ({shown}): remove the folder "
+            f"{self._manager.directory / str(self.latest)}, and the run {where}."
+        )
 
 
 @contextlib.contextmanager
@@ -172,6 +204,26 @@ def _unlogged() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that ends what it began before it closes."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
+        super().close()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+    """Orbax closes its loop at the first read that fails; each that is under way prints a page."""
+    new_event_loop = asyncio.new_event_loop
+    asyncio.new_event_loop = _PatientLoop
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = new_event_loop
 
 
 def _named_leaves(state: TrainState) -> dict[str, jax.Array]:

@@ -70,10 +70,7 @@ def complete(
       ValueError: an empty prompt, or one that with the new tokens exceeds the model's context; no
         new tokens, or no prompts at once.
     """
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    _check_prompts(prompts, max_new_tokens, model.config.max_positions)
+    _check_prompts(prompts, max_new_tokens, batch_size, model.config.max_positions)
     batch_size = min(batch_size, len(prompts))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: list[list[int]] = [[] for _ in prompts]
@@ -103,7 +100,12 @@ def _pad(prompts: Sequence[Sequence[int]], rows: int) -> tuple[np.ndarray, np.nd
     return tokens, counts
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], max_new_tokens: int, context: int) -> None:
+def _check_prompts(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int, context: int
+) -> None:
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"Prompt {i} has no tokens.")
@@ -174,21 +176,16 @@ def evaluate(
       examples, right (their share), loss (nats a token of completions and eos), seconds.
 
     Raises:
-      ValueError: a line that is no prompt and completion; a prompt beyond the model's context.
+      ValueError: as `read_questions`.
     """
     start = time.perf_counter()
-    records = read_jsonl(path)
-    for line, record in enumerate(records, 1):
-        if "text" in record:
-            raise ValueError(
-                f"{path}, line {line} has a text: answers need a prompt and a completion."
-            )
-    prompts = [tokenizer.encode(record["prompt"]) for record in records]
-    eos_id = tokenizer.eos_id
+    context, eos_id = model.config.max_positions, tokenizer.eos_id
+    records, prompts, examples = read_questions(
+        path, tokenizer, context, max_new_tokens=max_new_tokens, batch_size=batch_size
+    )
     new = complete(model, prompts, max_new_tokens, eos_id, scheme, base, batch_size, quiet)
     answers = [tokenizer.decode(tokens) for tokens in new]
     right = [_is_right(r, answer, check) for r, answer in zip(records, answers, strict=True)]
-    examples = read_examples(path, tokenizer, model.config.max_positions)
     loss = mean_loss(model, examples.trimmed(), scheme, base, batch_size)
     result = {
         "file": Path(path).name,
@@ -200,6 +197,37 @@ def evaluate(
     if out is not None:
         write_json(Path(out), result)
     return result
+
+
+def read_questions(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    context: int,
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 256,
+) -> tuple[list[dict[str, str]], list[list[int]], Examples]:
+    """What `evaluate` measures, read and checked before it measures anything.
+
+    Args:
+      context: most tokens that the model reads.
+
+    Returns:
+      (the file's records, tokens of their prompts, prompts with their completions).
+
+    Raises:
+      ValueError: a line that is no prompt and completion; a prompt that with the new tokens, or
+        with its completion, exceeds the context; no new tokens, or no prompts at once.
+    """
+    records = read_jsonl(path)
+    for line, record in enumerate(records, 1):
+        if "text" in record:
+            raise ValueError(
+                f"{path}, line {line} has a text: answers need a prompt and a completion."
+            )
+    prompts = [list(tokenizer.encode(record["prompt"])) for record in records]
+    _check_prompts(prompts, max_new_tokens, batch_size, context)
+    return records, prompts, read_examples(path, tokenizer, context)
 
 
 def _is_right(

@@ -112,11 +112,7 @@ def train(
     """
     for which in (examples, eval_examples):
         _check_examples(objective, which)
-    if options.keep_best and eval_examples is None:
-        raise ValueError(
-            "keep_best needs held-out examples to tell the best by, and there are none: give them "
-            "(--eval-data), or keep the last weights (--no-keep-best)."
-        )
+    check_held_out(options, eval_examples)
     schedule = make_schedule(options.learning_rate, options.warmup_steps, options.steps)
     claim_directory(directory, _manifest(objective, examples, options, eval_examples))
     optimizer = make_optimizer(schedule, options.weight_decay, options.clip_norm)
@@ -153,6 +149,22 @@ def train(
                 if saves:
                     checkpoints.save(state, batches.get_state())
     return objective.artifact(state.trainable) if state.best is None else state.best.artifact
+
+
+def check_held_out(options: TrainOptions, held_out: object | None) -> None:
+    """Refuse to keep the best of a run without held-out examples.
+
+    Args:
+      held_out: the examples, or the file that they are read from.
+
+    Raises:
+      ValueError: as said.
+    """
+    if options.keep_best and held_out is None:
+        raise ValueError(
+            "keep_best needs held-out examples to tell the best by, and there are none: give them "
+            "(--eval-data), or keep the last weights (--no-keep-best)."
+        )
 
 
 def held_out_losses(directory: str | os.PathLike) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def perplexity(
       tokens: of the text, in one piece.
       window: tokens of a window.
       stride: None for `window`.
-      tail: score what follows the last full window too, in a shorter one.
+      tail: score what follows the last full window too, in a shorter one; a text of less than one
+        window is such a window.
       scheme: who writes the cache. Under prefill_share the base writes the tokens of a window
         before the scored ones but the last: with stride = window, none.
       base: writer of prompts under prefill_share.
@@ -109,11 +110,13 @@ def perplexity(
 
     Raises:
       ValueError: a window that is less than 2 or beyond the model's context, a stride that is not
-        in [1, window], fewer tokens than one window, or one that is not in the vocabulary.
+        in [1, window], fewer tokens than one window (with `tail`, than 2), or one that is not in
+        the vocabulary.
       FloatingPointError: the loss is not finite.
     """
+    _check_context(window, model, "model")
     windows = text_windows(tokens, window, stride, tail)
-    _check(windows, model, "model")
+    _check_tokens(windows.tokens, model, "model")
     sums = sum_over_batches(
         lambda batch: eval_step(model, base, batch, scheme),
         windows,
@@ -150,9 +153,12 @@ def agreement(
             f"The model has a vocabulary of {model.config.vocab_size} tokens, the dense model one "
             f"of {dense.config.vocab_size}: what they predict can only be compared over the same."
         )
+    both = ((model, "model"), (dense, "dense model"))
+    for one, name in both:
+        _check_context(window, one, name)
     windows = text_windows(tokens, window, stride, tail)
-    _check(windows, model, "model")
-    _check(windows, dense, "dense model")
+    for one, name in both:
+        _check_tokens(windows.tokens, one, name)
     sums = sum_over_batches(
         lambda batch: _agreement_step(model, dense, base, batch, scheme),
         windows,
@@ -179,13 +185,18 @@ def text_windows(
         raise ValueError(f"A window needs at least 2 tokens to predict one, got {window}.")
     if not 1 <= stride <= window:
         raise ValueError(f"The stride must lie in [1, window = {window}], got {stride}.")
-    if len(tokens) < window:
+    if tail and len(tokens) < 2:
+        raise ValueError(
+            f"The text has {len(tokens)} tokens, and nothing predicts the first: take a longer one."
+        )
+    if not tail and len(tokens) < window:
         raise ValueError(
             f"The text has {len(tokens)} tokens, less than one window of {window}: take a smaller "
-            "window, or a longer text."
+            "window, a longer text, or the tail (--tail), which is all of it."
         )
-    starts = np.arange(0, len(tokens) - window + 1, stride)
-    counts = np.full(len(starts), window, np.int32)
+    first = min(window, len(tokens))
+    starts = np.arange(0, len(tokens) - first + 1, stride)
+    counts = np.full(len(starts), first, np.int32)
     context = max(1, window - stride)  # in every window but the first
     if tail and len(tokens) - (starts[-1] + stride) > context:
         starts = np.append(starts, starts[-1] + stride)
@@ -250,13 +261,16 @@ def _agreement_step(
     return sum_over_positions(sums, (own, others), batch, model.config.vocab_size)
 
 
-def _check(windows: Examples, model: Model, name: str) -> None:
-    if windows.max_length > model.config.max_positions:
+def _check_context(window: int, model: Model, name: str) -> None:
+    if window > model.config.max_positions:
         raise ValueError(
-            f"The window of {windows.max_length} tokens is beyond the {name}'s context of "
-            f"{model.config.max_positions}."
+            f"The window of {window} tokens is beyond the {name}'s context of "
+            f"{model.config.max_positions}: take a smaller one."
         )
-    low, high = windows.tokens.min(), windows.tokens.max()
+
+
+def _check_tokens(tokens: np.ndarray, model: Model, name: str) -> None:
+    low, high = tokens.min(), tokens.max()
     if low < 0 or high >= model.config.vocab_size:
         raise ValueError(
             f"The text's tokens lie in [{low}, {high}], the {name}'s vocabulary is "

@@ -70,11 +70,18 @@ class PVOptions:
     delta_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("max_code_change", "code_decay", "delta_decay"):
+        for name in ("max_code_change", "delta_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}.")
-        if not self.code_learning_rate > 0:
-            raise ValueError(f"code_learning_rate must be positive, got {self.code_learning_rate}.")
+        if not 0 <= self.code_decay < 1:
+            raise ValueError(
+                f"code_decay must lie in [0, 1), got {self.code_decay}: with 1 no gradient would "
+                "ever count."
+            )
+        if not 0 < self.code_learning_rate < math.inf:
+            raise ValueError(
+                f"code_learning_rate must be positive and finite, got {self.code_learning_rate}."
+            )
         if self.beam < 1:
             raise ValueError(f"beam must be at least 1, got {self.beam}.")
 

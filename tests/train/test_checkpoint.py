@@ -1,5 +1,7 @@
 """A checkpoint gives back the same bits; a directory belongs to one run."""
 
+import dataclasses
+import shutil
 import types
 
 import chex
@@ -77,8 +79,73 @@ def test_a_checkpoint_that_cannot_be_written_is_a_sentence(state, tmp_path, monk
 def test_a_checkpoint_of_another_model_is_refused(state, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(at_step(state, 1), {})
-        with pytest.raises(ValueError, match="do not match"):
-            checkpoints.restore(TrainState(state.step, {"other": jnp.zeros(3)}, ()))
+        for other in ({"other": jnp.zeros(3)}, jax.tree.map(lambda x: x[None], state.trainable)):
+            with pytest.raises(ValueError, match="step 1 in .* holds other arrays than this run"):
+                checkpoints.restore(dataclasses.replace(state, trainable=other))
+
+
+def cut(folder, pattern):
+    files = [file for file in folder.glob(pattern) if file.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "arrays": lambda folder: cut(folder, "state/ocdbt.process_0/d/*"),
+    "metadata": lambda folder: cut(folder, "state/_METADATA"),
+    "position": lambda folder: cut(folder, "data/metadata"),
+    "no state": lambda folder: shutil.rmtree(folder / "state"),
+    "no position": lambda folder: (folder / "data" / "metadata").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_a_sentence_that_leads_to_the_one_before(
+    state, tmp_path, damage, capfd
+):
+    folders = [tmp_path / "checkpoints" / str(step) for step in (1, 2)]
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(at_step(state, step), {"next_index": step})
+    for folder, where in zip(folders[::-1], ("goes on from step 1", "begins anew"), strict=True):
+        DAMAGES[damage](folder)
+        advice = (
+            rf"of step {folder.name} in .* is damaged \(.*remove the folder {folder}, .* {where}"
+        )
+        with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=advice) as said:
+            checkpoints.restore(state)
+        assert len(str(said.value)) < 800
+        shutil.rmtree(folder)
+    assert "Traceback" not in capfd.readouterr().err  # of reads that were under way
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        KeyboardInterrupt(),
+        MemoryError(),
+        PermissionError(13, "Permission denied"),
+        ValueError("RESOURCE_EXHAUSTED: Too many open files"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
+    ],
+)
+def test_what_ails_the_machine_is_no_damage(state, tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    def wrap(*_, **__):  # as orbax does
+        raise Exception("Encountered error while reading") from error
+
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(at_step(state, 1), {})
+        for read in (fail, wrap):
+            monkeypatch.setattr(checkpoints._manager, "restore", read)
+            with pytest.raises(type(error)) as raised:
+                checkpoints.restore(state)
+            assert raised.value is error
 
 
 def test_nothing_to_restore_is_said(state, tmp_path):

@@ -102,6 +102,9 @@ def test_evaluation_says_what_it_needs(base, text, pairs_file, tmp_path):
     for options in ({}, {"dense": base}, {"dense": base, "data": pairs_file}):
         with pytest.raises(ValueError, match="at least one of --text and --data"):
             evaluate(Evaluate(model=base, **options))
+    for options in ({"window": 8}, {"stride": 4}, {"tail": True}):
+        with pytest.raises(ValueError, match="give --text too"):
+            evaluate(Evaluate(model=base, data=pairs_file, **options))
     other = tmp_path / "other"
     shutil.copytree(base, other)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
@@ -109,6 +112,48 @@ def test_evaluation_says_what_it_needs(base, text, pairs_file, tmp_path):
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ValueError, match="make other tokens"):
         evaluate(Evaluate(model=base, text=text, dense=other, window=16))
+
+
+def test_what_would_fail_after_the_measuring_is_refused_before(
+    base, text, pairs_file, write_lines, tmp_path, monkeypatch
+):
+    def measured(*_, **__):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("jaxcodec.train.__main__.perplexity", measured)
+    monkeypatch.setattr("jaxcodec.train.evaluate.complete", measured)
+    run = Evaluate(model=base, text=text, data=pairs_file, window=16, max_new_tokens=2)
+    long = write_lines({"prompt": "1+1=", "completion": "2" * 200})
+    for changes, message in (
+        ({"out": tmp_path}, "is a directory: give a file"),
+        ({"out": text / "result.json"}, "cannot be written .*: give another file"),
+        ({"data": long}, "line 1: .* completion tokens with eos are more than"),
+        ({"data": long, "text": None, "window": None}, "line 1: .* completion tokens with eos"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(dataclasses.replace(run, **changes))
+
+
+def test_a_quantized_model_is_no_teacher(base, text, pairs_file, tmp_path):
+    quantized = tmp_path / "quantized"
+    specs = (("layers.0.self_attn.q_proj", CodebookSpec.parse("m1v4b4g32")),)
+    save_model(quantized, init_model(load_model(base).config, jax.random.key(1), specs=specs))
+    copy_tokenizer(base, quantized)
+    arguments = run_options(pairs_file, tmp_path / "run", model=quantized, teacher=quantized)
+    what = "quantized is a quantized model .*: give the directory of the dense model"
+    for command, options in ((distill, Distill), (pv_tune, PVTune)):
+        with pytest.raises(ValueError, match=f"--teacher .*{what}"):
+            command(options(**arguments))
+    with pytest.raises(ValueError, match=f"--dense .*{what}"):
+        evaluate(Evaluate(model=quantized, text=text, dense=quantized, window=16))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [Distill, PVTune])
+def test_the_best_is_not_kept_without_held_out_data(base, pairs_file, tmp_path, options):
+    with pytest.raises(ValueError, match="keep_best needs held-out examples"):
+        options(data=pairs_file, out=tmp_path / "run", model=base, teacher=base)
 
 
 def test_bad_input_ends_the_command_with_one_sentence(base, tmp_path, monkeypatch):

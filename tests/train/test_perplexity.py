@@ -109,6 +109,14 @@ def test_a_tail_is_a_shorter_window_and_padding_counts_nothing(model):
     assert found.loss == pytest.approx(total / found.tokens, rel=1e-5)
 
 
+def test_a_text_of_less_than_one_window_is_its_own_tail(model):
+    found = of(model, TOKENS[:5], tail=True)
+    log_p = log_probabilities(model, TOKENS[None, :5])[0]
+    losses = [-log_p[t, TOKENS[t + 1]] for t in range(4)]
+    assert found.loss == pytest.approx(np.mean(losses), rel=1e-5)
+    assert (found.windows, found.tokens) == (1, 4)
+
+
 follow = functools.partial(agreement, tokens=TOKENS, window=WINDOW, batch_tokens=BATCH)
 
 
@@ -172,10 +180,11 @@ def test_progress_leaves_standard_output_alone(model, capsys):
     ("tokens", "window", "options", "message"),
     [
         (TOKENS[:7], 8, {}, "has 7 tokens, less than one window of 8"),
+        (TOKENS[:1], 8, {"tail": True}, "has 1 tokens, and nothing predicts the first"),
         (TOKENS, 1, {}, "at least 2 tokens"),
+        (TOKENS, 129, {}, "window of 129 tokens is beyond the model's context of 128"),
         (TOKENS, 8, {"stride": 9}, "must lie in"),
         (TOKENS, 8, {"stride": 0}, "must lie in"),
-        (np.ones(200), 129, {}, "window of 129 tokens is beyond the model's context of 128"),
         (TOKENS + 100, 8, {}, "was it tokenized for this model"),
         (TOKENS - 100, 8, {}, "was it tokenized for this model"),
         (TOKENS, 8, {"scheme": PREFILL_SHARE}, "needs the base"),

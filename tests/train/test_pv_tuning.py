@@ -322,6 +322,8 @@ def test_models_that_do_not_fit_are_refused(tune, shallow, shallow_model, codebo
         ({"max_code_change": 1.5}, r"max_code_change must lie in \[0, 1\], got 1.5"),
         ({"delta_decay": -0.1}, "delta_decay must lie in"),
         ({"code_learning_rate": 0.0}, "code_learning_rate must be positive"),
+        ({"code_learning_rate": math.inf}, "code_learning_rate must be .* finite, got inf"),
+        ({"code_decay": 1.0}, r"code_decay must lie in \[0, 1\), got 1.0"),
         ({"beam": 0}, "beam must be at least 1"),
     ],
 )
