@@ -13,6 +13,7 @@ Every command runs the function of its name here, which scripts can import.
 
 import dataclasses
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcodec.checkpoints.files import read_json, write_json
-from jaxcodec.command_line import ended_by_a_sentence, when_stopped
+from jaxcodec.command_line import (
+    ended_by_a_sentence,
+    refuse_repeated_options,
+    when_stopped,
+)
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
 from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, open_model, save_model
@@ -464,6 +469,7 @@ def main() -> None:
     )
     config = (tyro.conf.OmitArgPrefixes,)
     with ended_by_a_sentence("jaxcodec.train", full_device):
+        refuse_repeated_options(sys.argv[1:])
         prog = "python -m jaxcodec.train"
         tyro.extras.subcommand_cli_from_dict(commands, prog=prog, config=config)
 
