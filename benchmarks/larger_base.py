@@ -31,7 +31,7 @@ from benchmarks.head import head
 from jaxcodec.checkpoints.files import read_json, write_json
 from jaxcodec.demo.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE
 from jaxcodec.models.config import ModelConfig
-from jaxcodec.models.load import copy_tokenizer, save_model
+from jaxcodec.models.load import copy_companions, save_model
 from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import Model, init_model
 from jaxcodec.train.loop import LOG, TrainOptions, train
@@ -106,7 +106,7 @@ def make(options: Options) -> dict[str, Any]:
     model = _train(options, tokens, held_out[: WATCHED * options.window])
     trained = time.perf_counter()
     save_model(work, model)
-    copy_tokenizer(TOKENIZER, work)
+    copy_companions(TOKENIZER, work)
     for name in (base_text.CALIBRATION, base_text.HELDOUT):
         shutil.copyfile(text / name, work / name)
     log = [json.loads(line) for line in (work / "run" / LOG).read_text().splitlines()]

@@ -26,7 +26,7 @@ from jaxcodec.demo.tasks import AGENTS, check
 from jaxcodec.demo.tokenizer import CONTEXT_LENGTH, VOCABULARY_SIZE, write_tokenizer
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.load import copy_tokenizer, load_model, save_model
+from jaxcodec.models.load import copy_companions, load_model, save_model
 from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
@@ -158,7 +158,7 @@ def _quantize(
     model = train(full_training(quantized), text, options, work / "recover", heldout)
     assert isinstance(model, Model)
     save_model(out / "base-quantized", model)
-    copy_tokenizer(out / "base", out / "base-quantized")
+    copy_companions(out / "base", out / "base-quantized")
     facts = {
         "spec": recipe.spec,
         "bits_per_weight": report.bits_per_weight,

@@ -34,16 +34,17 @@ def ended_by_a_sentence(program: str, full_device: str) -> Iterator[None]:
 
 
 def refuse_repeated_options(arguments: Sequence[str]) -> None:
-    """Of an option that is given twice the parser would take the last, without a word.
+    """Of an option that is given twice, or denied by --no-, the last would count without a word.
 
     Raises:
       ValueError: names the option.
     """
-    names = [text.partition("=")[0] for text in arguments if text.startswith("--")]
-    for name, count in collections.Counter(name.replace("_", "-") for name in names).items():
+    given = [text[2:].partition("=")[0] for text in arguments if text.startswith("--")]
+    names = [name.replace("_", "-").removeprefix("no-") for name in given if name]
+    for name, count in collections.Counter(names).items():
         if count > 1:
             raise ValueError(
-                f"{name} is given {count} times: give it once, and all its values after it."
+                f"--{name} is given {count} times: give it once, several values after one name."
             )
 
 

@@ -14,10 +14,9 @@ from jaxcodec.checkpoints.layouts import config_in, layout_named
 from jaxcodec.checkpoints.safetensors import write_tensors
 from jaxcodec.models.load import (
     CONFIG_FILE,
-    GENERATION_FILE,
     REPORT_FILE,
-    TOKENIZER_FILES,
     Checkpoint,
+    copy_companions,
     open_model,
     stored_linears,
 )
@@ -25,8 +24,6 @@ from jaxcodec.models.transformer import linear_shapes
 from jaxcodec.tensor import CodebookTensor
 
 Report = Callable[[int, str, float], None]
-# What else belongs to a model: all of it says the same in every layout.
-COMPANIONS = (*TOKENIZER_FILES, GENERATION_FILE, REPORT_FILE)
 
 
 @contextlib.contextmanager
@@ -70,9 +67,10 @@ def convert_model(
             linears = stored_linears(written, _reported(checkpoint, report))
         write_tensors(directory, dense | linears)
         write_json(directory / CONFIG_FILE, hf)
-        for name in COMPANIONS:
-            if (file := source / name).is_file():
-                shutil.copy(file, directory / name)
+        # All of it says the same in every layout.
+        copy_companions(source, directory)
+        if (source / REPORT_FILE).is_file():
+            shutil.copyfile(source / REPORT_FILE, directory / REPORT_FILE)
 
 
 def _reported(checkpoint: Checkpoint, report: Report) -> Iterator[tuple[str, CodebookTensor]]:

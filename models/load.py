@@ -11,6 +11,7 @@ Letters: K input and N output features.
 
 import dataclasses
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -22,18 +23,18 @@ import numpy as np
 from flax import nnx
 
 from jaxcodec.checkpoints.files import read_json, write_json
-from jaxcodec.checkpoints.layouts import Layout, config_in, layout_named, recognise
+from jaxcodec.checkpoints.layouts import LAYOUTS, Layout, config_in, layout_named, recognise
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.transformer import Model, Specs, abstract_model, linear_shapes
 from jaxcodec.tensor import FIELDS, FLOAT_DTYPES, CodebookTensor
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 MOST_NAMED = 8  # tensors that do not match: a sentence, not a page
 REPORT_FILE = "quantization.json"  # how a quantized model was made
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
-TOKENIZER_FILES = (
+COMPANIONS = (
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -194,11 +195,33 @@ def stored_linears(
     }
 
 
-def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy the tokenizer's files from one model directory to another, where there are any."""
-    for name in TOKENIZER_FILES:
+def copy_companions(source: str | Path, target: str | Path) -> None:
+    """Copy what lies beside the weights in a model directory, as far as there is any of it.
+
+    That is the tokenizer, and how to generate.
+    """
+    for name in COMPANIONS:
         if (file := Path(source) / name).is_file():
-            shutil.copy(file, Path(target) / name)
+            shutil.copyfile(file, Path(target) / name)
+
+
+def other_config(source: str | Path, config: ModelConfig) -> dict[str, Any]:
+    """What a directory's config.json says that the config of a model does not know.
+
+    Left out are the weights' layout and dtype, and the code files of a model of its own.
+
+    Raises:
+      ValueError: a number that JSON does not have.
+    """
+    path = Path(source) / CONFIG_FILE
+    known = {*config.to_hf(), *(layout.KEY for layout in LAYOUTS.values())}
+    known |= {"torch_dtype", "dtype", "auto_map"}
+    kept = {key: value for key, value in read_json(path).items() if key not in known}
+    try:
+        json.dumps(kept, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from None
+    return kept
 
 
 def hf_name(path: tuple[Any, ...]) -> str:

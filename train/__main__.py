@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +31,14 @@ from jaxcodec.command_line import (
 )
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.layers import AdapterBank
-from jaxcodec.models.load import DTYPES, copy_tokenizer, load_model, open_model, save_model
+from jaxcodec.models.load import (
+    DTYPES,
+    copy_companions,
+    load_model,
+    open_model,
+    other_config,
+    save_model,
+)
 from jaxcodec.models.lora import (
     ALL_TARGETS,
     ICARUS_TARGETS,
@@ -91,9 +99,6 @@ class Run:
     max_length: int = 256
     dtype: Dtype | None = None
     options: TrainOptions = TrainOptions()
-
-    def __post_init__(self) -> None:
-        check_held_out(self.options, self.eval_data)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -278,16 +283,16 @@ def distill(run: Distill) -> Model:
     """Train floats towards a teacher; save to `run.out / "model"`, report to "report.json".
 
     Raises:
-      ValueError: the teacher is quantized, or the model is not.
+      ValueError: the teacher is quantized, or the model is not; nothing to tell the best by.
     """
-    _check_dense("teacher", run.teacher)
+    _check_tuning(run)
     model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
     return _tune(distillation(model, teacher), run, model)
 
 
 def pv_tune(run: PVTune) -> Model:
     """Train floats and codes towards a teacher; save, report and refuse as `distill` does."""
-    _check_dense("teacher", run.teacher)
+    _check_tuning(run)
     model, teacher = _load(run.model, run.dtype), _load(run.teacher, run.dtype)
     return _tune(pv_tuning(model, teacher, run.codes), run, model)
 
@@ -329,6 +334,12 @@ def evaluate(run: Evaluate) -> None:
     print(json.dumps(result, indent=2))
     if run.out is not None:
         write_json(run.out, result)
+
+
+def _check_tuning(run: Distill) -> None:
+    """Refuse what can be refused before models are loaded."""
+    check_held_out(run.options, run.eval_data)
+    _check_dense("teacher", run.teacher)
 
 
 def _check_evaluation(run: Evaluate) -> None:
@@ -410,15 +421,22 @@ def _load(directory: Path, dtype: Dtype | None) -> Model:
     return load_model(directory, None if dtype is None else DTYPES[dtype])
 
 
-def _train_model(objective: Objective, run: Run, tokenizer: Path, pack: bool = False) -> Model:
+def _train_model(
+    objective: Objective,
+    run: Run,
+    tokenizer: Path,
+    pack: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> Model:
     model = _train(objective, run, tokenizer, pack)
-    save_model(run.out / "model", model)
-    copy_tokenizer(tokenizer, run.out / "model")
+    save_model(run.out / "model", model, extra)
+    copy_companions(tokenizer, run.out / "model")
     return model
 
 
 def _tune(objective: Objective, run: Distill, model: Model) -> Model:
-    tuned = _train_model(objective, run, run.model, pack=True)
+    kept = other_config(run.model, model.config)
+    tuned = _train_model(objective, run, run.model, pack=True, extra=kept)
     report = held_out_losses(run.out) | {"codes_changed": changed_share(model, tuned)}
     write_json(run.out / REPORT, report)
     print(json.dumps(report, indent=2))

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import reprlib
@@ -31,6 +32,8 @@ MOST_NAMED = 8  # differences of two runs: a sentence, not a page
 MOST_SAID = 200  # characters of what TensorStore says, which is pages too
 # Orbax's words for a checkpoint that is whole, and of another model.
 OTHER_LEAVES = ("structures do not match", "not compatible with the stored shape")
+# TensorStore's words for files that are cut, changed or gone.
+DAMAGE = ("OUT_OF_RANGE", "DATA_LOSS", "FAILED_PRECONDITION", "NOT_FOUND", "INVALID_ARGUMENT")
 _SHORT = reprlib.Repr(maxstring=64, maxother=64)
 
 
@@ -173,12 +176,7 @@ class Checkpoints:
 
     def _refusal(self, reason: BaseException) -> BaseException:
         """What to raise where the newest checkpoint cannot be read."""
-        said = str(reason.args[0] if isinstance(reason, KeyError) else reason)
-        no_damage = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
-        if not isinstance(reason, Exception) or isinstance(reason, no_damage):
-            return reason
-        if any(status in said for status in ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")):
-            return reason
+        said = str(reason.args[0] if isinstance(reason, KeyError) and reason.args else reason)
         shown = textwrap.shorten(said, MOST_SAID)
         what = f"The checkpoint of step {self.latest} in {self._manager.directory}"
         if any(words in said for words in OTHER_LEAVES):
@@ -186,6 +184,9 @@ class Checkpoints:
                 f"{what} holds other arrays than this run ({shown}): another version of the "
                 "library wrote it, go on with that one or give another directory."
             )
+        absent = isinstance(reason, json.JSONDecodeError | KeyError | FileNotFoundError)
+        if not absent and not (isinstance(reason, ValueError) and said.startswith(DAMAGE)):
+            return reason  # the machine's trouble, or the library's: the checkpoint may be whole
         before = [step for step in self._manager.all_steps() if step != self.latest]
         where = f"goes on from step {max(before)}" if before else "begins anew"
         return ValueError(
@@ -207,10 +208,12 @@ def _unlogged() -> Iterator[None]:
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that ends what it began before it closes."""
+    """An event loop that cancels what it began, and waits for that, before it closes."""
 
     def close(self) -> None:
         if not self.is_closed() and (pending := asyncio.all_tasks(self)):
+            for task in pending:
+                task.cancel()
             self.run_until_complete(asyncio.gather(*pending, return_exceptions=True))
         super().close()
 

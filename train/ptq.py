@@ -75,10 +75,14 @@ class QuantizeOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}.")
+        if type(self.batch_size) is not int or self.batch_size < 1:
+            raise ValueError(
+                f"batch_size must be a whole number, at least 1, got {self.batch_size!r}."
+            )
         if type(self.seed) is not int or not 0 <= self.seed < SEEDS:
-            raise ValueError(f"seed must be a whole number from 0 to {SEEDS - 1}, got {self.seed}.")
+            raise ValueError(
+                f"seed must be a whole number from 0 to {SEEDS - 1}, got {self.seed!r}."
+            )
         if self.activations not in ("memory", "disk"):
             raise ValueError(f"activations must be memory or disk, got {self.activations!r}.")
 
@@ -106,7 +110,8 @@ def select_specs(
         whole first block.
 
     Raises:
-      ValueError: an expression that is none, that no linear answers to, or that never counts.
+      ValueError: an expression that is none, that no linear answers to, or that others overrule
+        in all.
     """
     names = [name for name, _ in linear_shapes(config)]
     chosen: dict[str, CodebookSpec | None] = {}
@@ -119,10 +124,10 @@ def select_specs(
             raise ValueError(
                 f"{expression!r} is found in no linear of the model; the first is {names[0]}."
             )
-        if chosen.keys() >= set(found):
+        if all(name in chosen and chosen[name] != other for name in found):
             raise ValueError(
-                f"{expression!r} never counts: whatever it is found in, an expression before it is "
-                "found in, too. Give the narrower one first."
+                f"{expression!r} never counts: expressions before it are found in all that it is "
+                "found in. Put it before them, or leave it out."
             )
         chosen |= {name: other for name in found if name not in chosen}
     formats = ((name, chosen.get(name, spec)) for name in names)
@@ -163,11 +168,11 @@ def quantize_model(
       OSError: a full disk; finished blocks are kept.
     """
     specs, place = _specs(model, spec), Placement(mesh)
-    _check_finite(model, specs)
     directory = None if directory is None else Path(directory)
     if calibration is not None:
         calibration = np.asarray(calibration)
         _check_calibration(model.config, calibration, options, place)
+    _check_finite(model, specs)
     if directory is not None:
         claim_run(model, specs, calibration, options, directory, place.name)
     done = {} if directory is None else dict(_finished(model, specs, directory))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxcodec.checkpoints.files import read_json, write_json
+from jaxcodec.models.load import DTYPES, Checkpoint, open_model
 from jaxcodec.models.load import REPORT_FILE as FILE
-from jaxcodec.models.load import Checkpoint, open_model
 from jaxcodec.models.transformer import linear_shapes
 from jaxcodec.train.block_tuning import TuningResult
 
@@ -112,10 +112,7 @@ class QuantizationReport:
     @property
     def bits_per_weight(self) -> float:
         """Mean over the weights of `linears`."""
-        weights = [linear.K * linear.N for linear in self.linears]
-        return sum(
-            linear.bits_per_weight * w for linear, w in zip(self.linears, weights, strict=True)
-        ) / sum(weights)
+        return _mean_bits(self.linears)
 
     def __str__(self) -> str:
         """A table with a line for each linear, and the totals."""
@@ -126,10 +123,11 @@ class QuantizationReport:
             for row in rows
         ]
         lines.insert(1, "  ".join("-" * width for width in widths))
-        lines.append(
-            f"{len(self.linears)} linears at {self.bits_per_weight:.3f} bits per weight; "
-            f"whole model {self.nbytes:,} bytes"
-        )
+        total = f"{len(self.linears)} linears at {self.bits_per_weight:.3f} bits per weight"
+        quantized = [linear for linear in self.linears if linear.stored not in DTYPES]
+        if 0 < len(quantized) < len(self.linears):
+            total += f", {len(quantized)} of them quantized at {_mean_bits(quantized):.3f}"
+        lines.append(f"{total}; whole model {self.nbytes:,} bytes")
         tuned = [(b.layer, b.tuning) for b in self.blocks if b.tuning is not None]
         if tuned:
             errors = (f"{i}: {t}" for i, t in tuned)
@@ -180,6 +178,12 @@ def read_report(directory: str | Path) -> QuantizationReport:
         return QuantizationReport(linears, content.get("nbytes", 0), blocks)
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is not a report as quantizing writes it: {error}.") from None
+
+
+def _mean_bits(linears: Sequence[LinearReport]) -> float:
+    """Bits per weight, mean over the weights of all."""
+    bits = sum(linear.bits_per_weight * linear.K * linear.N for linear in linears)
+    return bits / sum(linear.K * linear.N for linear in linears)
 
 
 def _inspect(name: str, checkpoint: Checkpoint, known: LinearReport | None) -> LinearReport:

@@ -20,9 +20,10 @@ from jaxcodec.checkpoints.files import read_json
 from jaxcodec.command_line import when_stopped
 from jaxcodec.models.load import (
     CONFIG_FILE,
-    GENERATION_FILE,
-    copy_tokenizer,
+    REPORT_FILE,
+    copy_companions,
     load_model,
+    other_config,
     save_model,
 )
 from jaxcodec.models.sharding import make_mesh
@@ -84,6 +85,7 @@ def quantize(
     check_claim(out)
     dense = load_on_host(model)
     specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
+    kept = other_config(model, dense.config)
     _warn_of_growth(dense, specs)
     calibration = None
     if data is not None:
@@ -96,7 +98,7 @@ def quantize(
         how_to_go_on = f"The same command goes on at the first block that {out} does not hold."
         with when_stopped(how_to_go_on), compiled_programs_in(out / COMPILED):
             quantized, report = quantize_model(dense, specs, calibration, options, out, mesh=mesh)
-            _write(out, quantized, report, model)
+            _write(out, quantized, report, model, kept)
     print(_finish(out))
 
 
@@ -110,15 +112,13 @@ def load_on_host(directory: Path) -> Model:
         return load_model(directory)
 
 
-def _write(out: Path, model: Model, report: QuantizationReport, source: Path) -> None:
-    """The result; of the source's config.json what jaxcodec does not know is kept."""
+def _write(
+    out: Path, model: Model, report: QuantizationReport, source: Path, kept: Mapping[str, Any]
+) -> None:
+    """The result; config.json is the last file of all."""
     report.write(out)
     write_figure(out, report)
-    copy_tokenizer(source, out)
-    if (source / GENERATION_FILE).is_file():
-        shutil.copy(source / GENERATION_FILE, out)
-    known = model.config.to_hf().keys() | {"torch_dtype", "dtype"}
-    kept = {k: v for k, v in read_json(source / CONFIG_FILE).items() if k not in known}
+    copy_companions(source, out)
     save_model(out, model, kept)
 
 
@@ -126,14 +126,17 @@ def _finish(out: Path) -> QuantizationReport:
     """What a finished run left; what it would have gone on from is removed.
 
     Raises:
-      ValueError: the result is damaged, or not all there; nothing is removed.
+      ValueError: weights, config.json or report are damaged or gone; nothing is removed.
     """
     try:
         report = inspect_model(out)
+        if not report.blocks:
+            raise ValueError(f"There is no {REPORT_FILE}.")
     except (OSError, ValueError) as error:
+        again = "makes them again" if (out / FOLDER).exists() else "quantizes anew"
         raise ValueError(
             f"{out} holds a finished run whose files are damaged: {error} Remove its "
-            f"{CONFIG_FILE}, and the same command makes what is missing again."
+            f"{CONFIG_FILE}, and the same command {again}."
         ) from None
     for folder in (FOLDER, COMPILED):
         shutil.rmtree(out / folder, ignore_errors=True)
@@ -147,8 +150,9 @@ def _warn_of_growth(model: Model, specs: Specs) -> None:
     grown = [f"{name} {now:.1f}" for name, now in bits.items() if now >= before]
     if grown:
         print(
-            f"{len(grown)} linears take no less than their {before} bits per weight, codebooks "
-            f"counted, the first {grown[0]}: leave them dense, or give them fewer bits.",
+            f"As codes no smaller than dense, {before} bits per weight, codebooks counted: "
+            f"{len(grown)} of the linears, the first {grown[0]}. Leave them dense, or give them "
+            "fewer bits.",
             flush=True,
         )
 

@@ -42,7 +42,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises:
       ValueError: `path` is there, and is not an empty directory.
     """
-    path = Path(path).resolve()  # what a link points to is made, on its own file system
+    path = Path(os.path.realpath(path))  # what a link points to is made, on its own file system
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         what = "not empty" if path.is_dir() else "a file"
         raise ValueError(f"{path} is {what}; give a new directory.")

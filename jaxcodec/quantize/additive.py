@@ -74,7 +74,7 @@ class AdditiveOptions:
             value = getattr(self, name)
             if type(value) is not int or value < smallest:
                 raise ValueError(
-                    f"{name} must be a whole number, at least {smallest}, got {value}."
+                    f"{name} must be a whole number, at least {smallest}, got {value!r}."
                 )
         for name in ("learning_rate", "tolerance", "damping"):
             if not getattr(self, name) >= 0:
@@ -310,11 +310,14 @@ def damped(H: jax.Array | None, K: int, damping: float) -> jax.Array:
         )
     diagonal = jnp.diagonal(H)
     least, mean = float(jnp.min(diagonal)), float(jnp.mean(diagonal))
-    if least < 0 or mean == 0:
+    if least < 0:
         raise ValueError(
-            "H must be X^T X / tokens of inputs that are not all zero; the mean of its diagonal "
-            f"is {mean:.3g}, the least value there {least:.3g}. Leave a linear dense that is never "
-            "given anything."
+            f"H must be X^T X / tokens, and the least value of its diagonal is {least:.3g}."
+        )
+    if mean == 0:
+        raise ValueError(
+            "H must be X^T X / tokens of inputs that are not all zero, and its diagonal is 0. "
+            "Leave a linear dense that is never given anything."
         )
     return (H + H.T) / 2 + damping * mean * jnp.eye(K)
 

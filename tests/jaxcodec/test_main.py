@@ -78,7 +78,12 @@ def test_convert_writes_another_layout_that_inspect_shows(
         (
             ["quantize", "{tmp}/model", "--spec", "m1v2b2g32", "--out", "{tmp}/out"]
             + ["--layers", "q_proj=dense", "--layers", "k_proj=dense"],
-            "--layers is given 2 times: give it once, and all its values after it.",
+            "--layers is given 2 times: give it once, several values after one name.",
+        ),
+        (
+            ["quantize", "{tmp}/model", "--spec", "m1v2b2g32", "--out", "{tmp}/out"]
+            + ["--batch_size", "2", "--batch-size=4"],
+            "--batch-size is given 2 times",
         ),
         (["convert", "{tmp}/model", "{tmp}/out", "--to", "aqlm"], "is dense"),
         (["convert", "{tmp}/nowhere", "{tmp}/out", "--to", "aqlm"], "There is no checkpoint"),

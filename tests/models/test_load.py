@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
-from jaxcodec.models.load import copy_tokenizer, load_model, namespace, save_model
+from jaxcodec.models.load import copy_companions, load_model, namespace, save_model
 from jaxcodec.models.lora import AdapterBank, set_adapter, with_bank
 from jaxcodec.models.steps import forward
 from jaxcodec.models.transformer import Model, init_model
@@ -161,5 +161,5 @@ def test_adapters_are_not_saved_with_their_base(
 
 
 def test_the_tokenizer_travels_with_a_model(tmp_path: Path) -> None:
-    copy_tokenizer(FIXTURES / "tokenizer", tmp_path)
+    copy_companions(FIXTURES / "tokenizer", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from jaxcodec.models.config import ModelConfig
-from jaxcodec.models.load import copy_tokenizer, save_model
+from jaxcodec.models.load import copy_companions, save_model
 from jaxcodec.models.lora import init_adapter, save_adapter
 from jaxcodec.models.transformer import init_model
 from jaxcodec.serve.__main__ import main
@@ -36,7 +36,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("models")
     base = init_model(CONFIG, jax.random.key(0))
     save_model(made / "base", base)
-    copy_tokenizer(Path(__file__).parents[1] / "fixtures" / "tokenizer", made / "base")
+    copy_companions(Path(__file__).parents[1] / "fixtures" / "tokenizer", made / "base")
     save_adapter(made / "zero", init_adapter(base, jax.random.key(1), rank=2), base_name="base")
     save_model(made / "module", init_model(CONFIG, jax.random.key(2)))
     return made

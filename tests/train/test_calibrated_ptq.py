@@ -258,6 +258,8 @@ def test_an_exception_that_never_counts_is_refused(dense: Model) -> None:
     ]
     with pytest.raises(ValueError, match=r"'layers.*o_proj' never counts"):
         select_specs(dense.config, SPEC, [*overrides, (r"layers\.1\..*o_proj", None)])
+    same_again = [*overrides, (r"layers\.1\..*o_proj", wide)]  # says what holds already
+    assert select_specs(dense.config, SPEC, same_again) == narrow
 
 
 def test_without_tuning_any_number_of_sequences_will_do(dense: Model) -> None:

@@ -1,6 +1,7 @@
 """A checkpoint gives back the same bits; a directory belongs to one run."""
 
 import dataclasses
+import errno
 import shutil
 import types
 
@@ -128,7 +129,10 @@ def test_a_damaged_checkpoint_is_a_sentence_that_leads_to_the_one_before(
         KeyboardInterrupt(),
         MemoryError(),
         PermissionError(13, "Permission denied"),
+        OSError(errno.EIO, "Input/output error"),
+        TypeError("restore() got an unexpected keyword argument"),
         ValueError("RESOURCE_EXHAUSTED: Too many open files"),
+        ValueError("UNAVAILABLE: the file system does not answer"),
         jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."),
     ],
 )

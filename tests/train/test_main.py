@@ -9,7 +9,8 @@ import chex
 import jax
 import pytest
 
-from jaxcodec.models.load import copy_tokenizer, load_model, save_model
+from jaxcodec.checkpoints.files import read_json
+from jaxcodec.models.load import copy_companions, load_model, save_model
 from jaxcodec.models.tokenizer import PretrainedTokenizer
 from jaxcodec.models.transformer import init_model
 from jaxcodec.spec import CodebookSpec
@@ -139,7 +140,7 @@ def test_a_quantized_model_is_no_teacher(base, text, pairs_file, tmp_path):
     quantized = tmp_path / "quantized"
     specs = (("layers.0.self_attn.q_proj", CodebookSpec.parse("m1v4b4g32")),)
     save_model(quantized, init_model(load_model(base).config, jax.random.key(1), specs=specs))
-    copy_tokenizer(base, quantized)
+    copy_companions(base, quantized)
     arguments = run_options(pairs_file, tmp_path / "run", model=quantized, teacher=quantized)
     what = "quantized is a quantized model .*: give the directory of the dense model"
     for command, options in ((distill, Distill), (pv_tune, PVTune)):
@@ -152,8 +153,9 @@ def test_a_quantized_model_is_no_teacher(base, text, pairs_file, tmp_path):
 
 @pytest.mark.parametrize("options", [Distill, PVTune])
 def test_the_best_is_not_kept_without_held_out_data(base, pairs_file, tmp_path, options):
+    run = options(data=pairs_file, out=tmp_path / "run", model=tmp_path, teacher=base)
     with pytest.raises(ValueError, match="keep_best needs held-out examples"):
-        options(data=pairs_file, out=tmp_path / "run", model=base, teacher=base)
+        (distill if options is Distill else pv_tune)(run)  # before a model is looked for
 
 
 def test_bad_input_ends_the_command_with_one_sentence(base, tmp_path, monkeypatch):
@@ -220,8 +222,10 @@ def test_a_quantized_model_is_tuned_towards_its_teacher(
     spec = CodebookSpec.parse("m1v4b4g32")
     path = "layers.0.self_attn.q_proj"
     quantized = tmp_path / "quantized"
-    save_model(quantized, init_model(dense.config, jax.random.key(1), specs=((path, spec),)))
-    copy_tokenizer(base, quantized)
+    model = init_model(dense.config, jax.random.key(1), specs=((path, spec),))
+    save_model(quantized, model, {"their_own": 1})
+    copy_companions(base, quantized)
+    (quantized / "generation_config.json").write_text('{"top_k": 1}')
     tuning = dataclasses.replace(OPTIONS, keep_best=True)
     arguments = run_options(pairs_file, tmp_path / "run", teacher=base, eval_data=pairs_file)
     arguments |= {"options": tuning}
@@ -231,6 +235,8 @@ def test_a_quantized_model_is_tuned_towards_its_teacher(
     report = json.loads((tmp_path / "run/report.json").read_text())
     assert report["best"] <= report["start"]
     assert report["codes_changed"] == 0 or command is pv_tune
+    assert read_json(tmp_path / "run/model/config.json")["their_own"] == 1
+    assert read_json(tmp_path / "run/model/generation_config.json") == {"top_k": 1}
     assert '"codes_changed"' in capsys.readouterr().out
     with pytest.raises(ValueError, match="The model is dense"):
         command(options(**arguments, model=base))

@@ -29,7 +29,8 @@ def test_the_result_loads_and_the_same_command_finds_it(
     out = tmp_path / "out"
     (base / "generation_config.json").write_text("{}")
     config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"their_own": 1}))
+    config |= {"their_own": 1, "jaxcodec": None, "auto_map": {"AutoModel": "theirs.py"}}
+    (base / "config.json").write_text(json.dumps(config))
     options = {"spec": SPEC, "out": out, "data": text, "preset": "kmeans", "length": 16}
     options |= {"sequences": 18, "batch_size": 4, "layers": ("down_proj=dense", "q_proj=m2v4b4g32")}
     quantize(base, **options)
@@ -41,13 +42,18 @@ def test_the_result_loads_and_the_same_command_finds_it(
     files = {path.name for path in out.iterdir()}
     expected = {"run.json", "config.json", "model.safetensors", "tokenizer.json"}
     assert files >= expected | {"quantization.json", "quantization.svg", "generation_config.json"}
-    assert json.loads((out / "config.json").read_text())["their_own"] == 1
+    written = json.loads((out / "config.json").read_text())
+    assert written["their_own"] == 1
+    assert written["jaxcodec"]["specs"]
     assert not files & {"blocks", "compiled"}
     before = (out / "model.safetensors").stat().st_mtime_ns
     (out / "blocks").mkdir()  # killed before it was removed
     quantize(base, **options)
     assert not (out / "blocks").exists()
-    assert capsys.readouterr().out.endswith(f"{inspect_model(out)}\n")
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"{inspect_model(out)}\n")
+    mean = json.loads((out / "quantization.json").read_text())["bits_per_weight"]
+    assert f"7 linears at {(6 * mean + 32) / 7:.3f} bits per weight, 6 of them quantized" in printed
     assert (out / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="holds another run: seed was 0 and is 7"):
         quantize(base, **options, seed=7)
@@ -64,11 +70,11 @@ def test_a_format_that_makes_a_linear_larger_is_told(base: Path, tmp_path: Path,
     layers = ("q_proj=m1v4b8g32", r"\.=dense")
     quantize(base, spec=SPEC, out=tmp_path / "out", preset="kmeans", layers=layers)
     # float32 here: 2 bits of codes, 8 of codebooks (256 x 4 of 32 bits for 64 x 64), 1 of scales.
-    assert "take no less" not in capsys.readouterr().out
+    assert "no smaller than dense" not in capsys.readouterr().out
     layers = ("q_proj=m4v4b8g32", r"\.=dense")
     quantize(base, spec=SPEC, out=tmp_path / "large", preset="kmeans", layers=layers)
     found = capsys.readouterr().out
-    assert "1 linears take no less than their 32 bits per weight" in found
+    assert "32 bits per weight, codebooks counted: 1 of the linears" in found
     assert "layers.0.self_attn.q_proj 41.0" in found
 
 
@@ -108,7 +114,7 @@ def test_compiled_programs_are_kept_for_one_run_alone(tmp_path: Path, monkeypatc
         ({"layers": ("gate=m1v4b4g32x",)}, "such as m2v8g128"),
         ({"length": 100_000_000, "sequences": 1}, "not one sequence of"),
         ({"sequences": 0}, "at least 1 sequence"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number, at least 1"),
     ],
 )
 def test_bad_input_is_a_sentence(

@@ -182,7 +182,7 @@ def test_a_matrix_of_zeros_stays_zero(H) -> None:
         (lambda H: H.at[1, 2].set(jnp.nan), "H holds 1 values that are NaN or infinite"),
         (lambda H: H[:8], r"H must be \[K, K\] with K = 64, the inputs of W, got \[8, 64\]"),
         (lambda H: 0 * H, "of inputs that are not all zero"),
-        (lambda H: H.at[3, 3].set(-1.0), "the least value there -1"),
+        (lambda H: H.at[3, 3].set(-1.0), "the least value of its diagonal is -1"),
     ],
 )
 def test_what_is_no_hessian_is_refused(W, H, change, sentence: str) -> None:
