@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxcodec.checkpoints.files import read_json, write_json
-from jaxcodec.checkpoints.layouts import LAYOUTS, Layout, config_in, layout_named, recognise
+from jaxcodec.checkpoints.files import first_few, read_json, write_json
+from jaxcodec.checkpoints.layouts import Layout, config_in, layout_named, recognise
 from jaxcodec.checkpoints.safetensors import read_tensors, write_tensors
 from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.transformer import Model, Specs, abstract_model, linear_shapes
 from jaxcodec.tensor import FIELDS, FLOAT_DTYPES, CodebookTensor
 
 CONFIG_FILE = "config.json"
-MOST_NAMED = 8  # tensors that do not match: a sentence, not a page
 REPORT_FILE = "quantization.json"  # how a quantized model was made
 DTYPES = {"bfloat16": jnp.bfloat16, "float16": jnp.float16, "float32": jnp.float32}
 COMPANIONS = (
@@ -157,7 +156,8 @@ def save_model(
     Adapters in a bank are not part of it. A failure leaves files that were there as they were.
 
     Args:
-      extra: further keys for config.json, such as how the model was made.
+      extra: further keys for config.json, such as how the model was made; what the model says
+        itself is not among them.
       layout: of codebook linears: "jaxcodec", "codegemm" or "aqlm".
 
     Raises:
@@ -178,10 +178,10 @@ def save_model(
         for path, _ in model.specs
     ]
     shapes = dict(linear_shapes(model.config))
-    hf = model.config.to_hf() | {"torch_dtype": jnp.dtype(model.dtype).name}
+    hf = dict(extra or {}) | model.config.to_hf() | {"torch_dtype": jnp.dtype(model.dtype).name}
     hf = config_in(written, hf, dict(model.specs), shapes, dense.keys())
     write_tensors(directory, dense | stored_linears(written, linears))
-    write_json(directory / CONFIG_FILE, hf | dict(extra or {}))
+    write_json(directory / CONFIG_FILE, hf)
 
 
 def stored_linears(
@@ -205,18 +205,16 @@ def copy_companions(source: str | Path, target: str | Path) -> None:
             shutil.copyfile(file, Path(target) / name)
 
 
-def other_config(source: str | Path, config: ModelConfig) -> dict[str, Any]:
-    """What a directory's config.json says that the config of a model does not know.
+def other_config(source: str | Path) -> dict[str, Any]:
+    """A directory's config.json for the `extra` of `save_model`, which keeps what it does not know.
 
-    Left out are the weights' layout and dtype, and the code files of a model of its own.
+    Left out are the dtype, by its newer name, and the code files of a model of its own.
 
     Raises:
       ValueError: a number that JSON does not have.
     """
     path = Path(source) / CONFIG_FILE
-    known = {*config.to_hf(), *(layout.KEY for layout in LAYOUTS.values())}
-    known |= {"torch_dtype", "dtype", "auto_map"}
-    kept = {key: value for key, value in read_json(path).items() if key not in known}
+    kept = {k: v for k, v in read_json(path).items() if k not in ("dtype", "auto_map")}
     try:
         json.dumps(kept, allow_nan=False)
     except ValueError as error:
@@ -256,16 +254,10 @@ def _without_derived(tensors: dict[str, np.ndarray], config: ModelConfig) -> dic
     return {name: t for name, t in tensors.items() if not _DERIVED.fullmatch(name)}
 
 
-def _some(names: Collection[str]) -> str:
-    """The first names of many."""
-    shown = sorted(names)[:MOST_NAMED]
-    return ", ".join(shown) + (f" and {more} more" if (more := len(names) - len(shown)) else "")
-
-
 def _check_names(directory: Path, tensors: Mapping[str, Any], names: Iterable[str]) -> None:
     expected = set(names)
     problems = [
-        f"{what} {_some(which)}"
+        f"{what} {', '.join(first_few(sorted(which)))}"
         for what, which in (
             ("missing", expected - tensors.keys()),
             ("not expected", tensors.keys() - expected),

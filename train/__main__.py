@@ -317,13 +317,15 @@ def evaluate(run: Evaluate) -> None:
     if run.adapter is not None:
         result["adapter"] = run.adapter.name
     answering = {"max_new_tokens": run.max_new_tokens, "batch_size": run.batch_size}
+    questions = None
     if run.data is not None:  # refused now, not once the text is measured
-        evaluation.read_questions(run.data, tokenizer, model.config.max_positions, **answering)
+        context = model.config.max_positions
+        questions = evaluation.read_questions(run.data, tokenizer, context, **answering)
     if run.text is not None:
         result |= _evaluate_text(run, run.text, tokenizer, model, base)
-    if run.data is not None:
+    if questions is not None:
         result["answers"] = evaluation.evaluate(
-            run.data,
+            questions,
             tokenizer,
             model,
             SCHEMES[run.scheme],
@@ -435,7 +437,7 @@ def _train_model(
 
 
 def _tune(objective: Objective, run: Distill, model: Model) -> Model:
-    kept = other_config(run.model, model.config)
+    kept = other_config(run.model)
     tuned = _train_model(objective, run, run.model, pack=True, extra=kept)
     report = held_out_losses(run.out) | {"codes_changed": changed_share(model, tuned)}
     write_json(run.out / REPORT, report)

@@ -23,12 +23,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jaxcodec.checkpoints.files import read_json, write_json
+from jaxcodec.checkpoints.files import first_few, read_json, write_json
 from jaxcodec.train.step import TrainState
 
 MANIFEST = "run.json"
 CHECKPOINTS = "checkpoints"
-MOST_NAMED = 8  # differences of two runs: a sentence, not a page
 MOST_SAID = 200  # characters of what TensorStore says, which is pages too
 # Orbax's words for a checkpoint that is whole, and of another model.
 OTHER_LEAVES = ("structures do not match", "not compatible with the stored shape")
@@ -65,11 +64,9 @@ def claim_directory(directory: str | os.PathLike, manifest: dict[str, Any]) -> N
         for key in sorted(held.keys() | manifest.keys())
         if held.get(key) != manifest.get(key)
     ]
-    if len(differing) > MOST_NAMED:
-        differing[MOST_NAMED:] = [f"and {len(differing) - MOST_NAMED} more"]
     if differing:
         raise ValueError(
-            f"{directory} holds another run: {'; '.join(differing)}. "
+            f"{directory} holds another run: {'; '.join(first_few(differing))}. "
             "Choose another directory, or run with the options it was started with."
         )
 

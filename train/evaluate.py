@@ -4,6 +4,7 @@ Letters: B rows, T prompt tokens, N new tokens.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import time
@@ -151,8 +152,25 @@ def _greedy(
     return jax.lax.while_loop(goes_on, step, start)[3]
 
 
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """A JSONL file of prompts and completions, checked.
+
+    Attributes:
+      file: its name.
+      records: its lines.
+      prompts: tokens of each.
+      examples: prompts with their completions.
+    """
+
+    file: str
+    records: list[dict[str, str]]
+    prompts: list[list[int]]
+    examples: Examples
+
+
 def evaluate(
-    path: str | os.PathLike,
+    path: str | os.PathLike | Questions,
     tokenizer: Tokenizer,
     model: Model,
     scheme: Scheme = CONVENTIONAL,
@@ -167,6 +185,7 @@ def evaluate(
     """Loss and share of right greedy answers on a JSONL file of prompts and completions.
 
     Args:
+      path: the file, or what `read_questions` has made of it.
       check: (prompt, completion) -> whether it is right; None: equal to the file's completion,
         white space at the ends aside.
       out: where to write the result as JSON.
@@ -180,16 +199,18 @@ def evaluate(
     """
     start = time.perf_counter()
     context, eos_id = model.config.max_positions, tokenizer.eos_id
-    records, prompts, examples = read_questions(
-        path, tokenizer, context, max_new_tokens=max_new_tokens, batch_size=batch_size
-    )
-    new = complete(model, prompts, max_new_tokens, eos_id, scheme, base, batch_size, quiet)
+    asked = path
+    if not isinstance(asked, Questions):
+        asked = read_questions(
+            asked, tokenizer, context, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+    new = complete(model, asked.prompts, max_new_tokens, eos_id, scheme, base, batch_size, quiet)
     answers = [tokenizer.decode(tokens) for tokens in new]
-    right = [_is_right(r, answer, check) for r, answer in zip(records, answers, strict=True)]
-    loss = mean_loss(model, examples.trimmed(), scheme, base, batch_size)
+    right = [_is_right(r, answer, check) for r, answer in zip(asked.records, answers, strict=True)]
+    loss = mean_loss(model, asked.examples.trimmed(), scheme, base, batch_size)
     result = {
-        "file": Path(path).name,
-        "examples": len(records),
+        "file": asked.file,
+        "examples": len(asked.records),
         "right": sum(right) / len(right),
         "loss": float(loss.mean),
         "seconds": time.perf_counter() - start,
@@ -206,14 +227,11 @@ def read_questions(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 256,
-) -> tuple[list[dict[str, str]], list[list[int]], Examples]:
+) -> Questions:
     """What `evaluate` measures, read and checked before it measures anything.
 
     Args:
       context: most tokens that the model reads.
-
-    Returns:
-      (the file's records, tokens of their prompts, prompts with their completions).
 
     Raises:
       ValueError: a line that is no prompt and completion; a prompt that with the new tokens, or
@@ -227,7 +245,7 @@ def read_questions(
             )
     prompts = [list(tokenizer.encode(record["prompt"])) for record in records]
     _check_prompts(prompts, max_new_tokens, batch_size, context)
-    return records, prompts, read_examples(path, tokenizer, context)
+    return Questions(Path(path).name, records, prompts, read_examples(path, tokenizer, context))
 
 
 def _is_right(

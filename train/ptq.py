@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -32,7 +31,7 @@ from jaxcodec.models.config import ModelConfig
 from jaxcodec.models.transformer import Model, Specs, linear_shapes
 from jaxcodec.quantize.additive import PRESETS as MATRIX_PRESETS
 from jaxcodec.quantize.additive import AdditiveOptions, Stage, quantize_additive
-from jaxcodec.quantize.kmeans import relative_error
+from jaxcodec.quantize.kmeans import check_finite, relative_error
 from jaxcodec.spec import CodebookSpec
 from jaxcodec.tensor import CodebookTensor
 from jaxcodec.train.block_tuning import TuningOptions, held_out_from, tune_block
@@ -328,16 +327,7 @@ def _check_finite(model: Model, specs: Specs) -> None:
     for layer in range(model.config.num_layers):
         kernels = take_block(model, layer).kernels
         for path, _ in _within(specs, layer):
-            if bad := int(_count_not_finite(kernels[path])):
-                raise ValueError(
-                    f"layers.{layer}.{path} holds {bad} values that are NaN or infinite; quantize "
-                    "finite weights."
-                )
-
-
-@jax.jit
-def _count_not_finite(W: jax.Array) -> jax.Array:
-    return jnp.sum(~jnp.isfinite(W))
+            check_finite(kernels[path], f"layers.{layer}.{path}")
 
 
 def _specs(model: Model, spec: str | CodebookSpec | Specs) -> Specs:

@@ -85,7 +85,7 @@ def quantize(
     check_claim(out)
     dense = load_on_host(model)
     specs = select_specs(dense.config, CodebookSpec.parse(spec), _overrides(layers))
-    kept = other_config(model, dense.config)
+    kept = other_config(model)
     _warn_of_growth(dense, specs)
     calibration = None
     if data is not None:

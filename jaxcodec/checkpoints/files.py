@@ -4,9 +4,11 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+MOST_NAMED = 8  # things that are wrong, of which a sentence names no more
 
 
 @contextlib.contextmanager
@@ -82,6 +84,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with replacement(Path(path)) as [temporary]:
         temporary.write_text(text, encoding="utf-8")
+
+
+def first_few(items: Sequence[str]) -> list[str]:
+    """The first items, and how many more there are: for a sentence, not a page."""
+    more = [f"and {len(items) - MOST_NAMED} more"] if len(items) > MOST_NAMED else []
+    return [*items[:MOST_NAMED], *more]
 
 
 def whole_number(content: Any, key: str, where: str) -> int:

@@ -59,8 +59,7 @@ def quantize_kmeans(
     if W.ndim != 2 or not jnp.issubdtype(W.dtype, jnp.floating):
         raise ValueError(f"W must be a float matrix [K, N], got {W.dtype} {list(W.shape)}.")
     spec.check_shape(*W.shape)
-    if bad := int(jnp.sum(~jnp.isfinite(W))):
-        raise ValueError(f"W holds {bad} values that are NaN or infinite; quantize finite weights.")
+    check_finite(W, "W")
     largest, limit = float(jnp.max(_norms(W, spec.group_size))), float(jnp.finfo(dtype).max)
     if not largest <= limit:
         raise ValueError(
@@ -69,6 +68,23 @@ def quantize_kmeans(
         )
     codes_mjn, books, scales_gn = _fit(W, key, spec, iterations, rounds, jnp.dtype(dtype))
     return CodebookTensor(pack_codes(codes_mjn, spec.bits), books, scales_gn).check("W")
+
+
+def check_finite(W: jax.Array, name: str) -> None:
+    """Refuse a weight that holds what is no number.
+
+    Raises:
+      ValueError: as said, with the name.
+    """
+    if bad := int(_count_not_finite(W)):
+        raise ValueError(
+            f"{name} holds {bad} values that are NaN or infinite; quantize finite weights."
+        )
+
+
+@jax.jit
+def _count_not_finite(W: jax.Array) -> jax.Array:
+    return jnp.sum(~jnp.isfinite(W))
 
 
 def relative_error(W: jax.Array, w: CodebookTensor) -> float:
